@@ -1,0 +1,89 @@
+"""Accelerate machine learning with GPUs: a small package beside a course.
+
+>>> import gpuml
+>>> device = gpuml.get_device("cpu")
+>>> device.asarray([1.0, 2.0]).sum().item()
+3.0
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gpuml.datasets import Dataset, Preprocessing, load_dataset, split
+    from gpuml.devices import Device, array_module, device_of, get_device, to_host
+    from gpuml.errors import DataError, DeviceError, GpumlError, ModelFileError
+    from gpuml.losses import mean_squared_error, softmax_cross_entropy
+    from gpuml.models import MLP, Linear, Model, Parameters, load_model
+    from gpuml.optimizers import Adam, GradientDescent
+    from gpuml.training import (
+        DivergenceError,
+        History,
+        TrainingInterrupted,
+        evaluate,
+        predict,
+        train,
+    )
+
+__version__ = "0.1.0"
+
+# Each name is loaded from its module at first use, so that `import gpuml` costs next to nothing.
+_MODULES = {
+    "datasets": ("Dataset", "Preprocessing", "load_dataset", "split"),
+    "devices": ("Device", "array_module", "device_of", "get_device", "to_host"),
+    "errors": ("DataError", "DeviceError", "GpumlError", "ModelFileError"),
+    "losses": ("mean_squared_error", "softmax_cross_entropy"),
+    "models": ("MLP", "Linear", "Model", "Parameters", "load_model"),
+    "optimizers": ("Adam", "GradientDescent"),
+    "training": (
+        "DivergenceError",
+        "History",
+        "TrainingInterrupted",
+        "evaluate",
+        "predict",
+        "train",
+    ),
+}
+_HOMES = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [
+    "MLP",
+    "Adam",
+    "DataError",
+    "Dataset",
+    "Device",
+    "DeviceError",
+    "DivergenceError",
+    "GpumlError",
+    "GradientDescent",
+    "History",
+    "Linear",
+    "Model",
+    "ModelFileError",
+    "Parameters",
+    "Preprocessing",
+    "TrainingInterrupted",
+    "array_module",
+    "device_of",
+    "evaluate",
+    "get_device",
+    "load_dataset",
+    "load_model",
+    "mean_squared_error",
+    "predict",
+    "softmax_cross_entropy",
+    "split",
+    "to_host",
+    "train",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'gpuml' has no attribute '{name}'")
+    value = globals()[name] = getattr(import_module(f"gpuml.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -1,0 +1,137 @@
+"""Losses: how far predictions are from targets, and the gradient of that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeAlias
+
+from gpuml.devices import Array, array_module
+from gpuml.errors import unknown_name
+
+Loss: TypeAlias = Callable[[Array, Array], tuple[Array, Array]]
+
+
+def mean_squared_error(predictions: Array, targets: Array) -> tuple[Array, Array]:
+    """Return the mean of (p - t)² over samples and outputs, and its gradient.
+
+    The gradient is 2 (p - t) / (batch · outputs).
+
+    Parameters
+    ----------
+    predictions : array of shape (…, batch, outputs)
+    targets : array of shape (…, batch, outputs)
+        The same last two axes as `predictions`, on the same device.
+
+    Returns
+    -------
+    value : array of shape (…)
+        The loss; it stays on the device.
+    d_predictions : array like `predictions`
+        The gradient of the loss with respect to the predictions.
+
+    Raises
+    ------
+    ValueError
+        If the shapes differ. A vector of targets needs an axis for the outputs: ``y[:, None]``.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> value, gradient = mean_squared_error(np.array([[1.0], [3.0]]), np.array([[1.0], [1.0]]))
+    >>> float(value), gradient.tolist()
+    (2.0, [[0.0], [2.0]])
+    """
+    xp = array_module(predictions, targets)
+    if predictions.shape[-2:] != targets.shape[-2:]:
+        raise ValueError(
+            f"predictions have shape {predictions.shape}, targets {targets.shape}: the last two "
+            "axes, (batch, outputs), must agree; y[:, None] makes a column of a vector"
+        )
+    difference = predictions - targets
+    scale = 1.0 / (predictions.shape[-2] * predictions.shape[-1])
+    value = xp.square(difference).sum(axis=(-2, -1)) * scale
+    difference *= 2.0 * scale
+    return value, difference
+
+
+def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
+    """Return the mean of -log softmax(logits)[label] over samples, and its gradient.
+
+    The gradient is (softmax(logits) - one_hot(label)) / batch. The largest logit of each row is
+    subtracted first, so that no exponential overflows.
+
+    Parameters
+    ----------
+    logits : array of shape (…, batch, classes)
+    labels : integer array of shape (…, batch) or (batch,)
+        From 0 to classes - 1, on the same device.
+
+    Returns
+    -------
+    value : array of shape (…)
+        The loss in nats; it stays on the device.
+    d_logits : array like `logits`
+        The gradient of the loss with respect to the logits.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit, or the labels are not integers.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> value, gradient = softmax_cross_entropy(np.zeros((1, 2)), np.array([1]))
+    >>> round(float(value), 4), gradient.tolist()
+    (0.6931, [[0.5, -0.5]])
+    """
+    xp = array_module(logits, labels)
+    if labels.dtype.kind not in "iu" or labels.shape[-1:] != logits.shape[-2:-1]:
+        raise ValueError(
+            f"logits have shape {logits.shape}, labels {labels.shape} of {labels.dtype}: expected "
+            "(…, batch, classes) and integers of shape (…, batch)"
+        )
+    batch, classes = logits.shape[-2:]
+    if labels.shape != logits.shape[:-1]:  # the same labels for each of the leading axes
+        labels = xp.broadcast_to(labels, logits.shape[:-1])
+    labels = labels.reshape(-1)
+    samples = xp.arange(len(labels))
+
+    # Classes come first: sums along whole rows of samples take the CPU half the time of many
+    # short sums along the few classes.
+    rows = xp.ascontiguousarray(logits.reshape(-1, classes).T)
+    rows -= xp.maximum.reduce(rows, axis=0)
+    log_likelihood = rows[labels, samples]
+    gradient = xp.exp(rows, out=rows)
+    total = xp.add.reduce(gradient, axis=0)
+    gradient /= total * batch
+    gradient[labels, samples] -= 1 / batch
+    log_likelihood -= xp.log(total)
+    value = xp.add.reduce(log_likelihood.reshape(*logits.shape[:-2], batch), axis=-1) / -batch
+    return value, gradient.T.reshape(logits.shape)
+
+
+LOSSES: dict[str, Loss] = {
+    "cross_entropy": softmax_cross_entropy,
+    "mean_squared_error": mean_squared_error,
+}
+
+
+def get_loss(loss: str | Loss) -> Loss:
+    """Return the loss of that name (``"cross_entropy"``, ``"mean_squared_error"``).
+
+    Parameters
+    ----------
+    loss : str or callable
+        A callable ``(predictions, targets) -> (value, d_predictions)`` is returned as it is.
+
+    Raises
+    ------
+    ValueError
+        If there is no loss of that name; the message gives the nearest one.
+    """
+    if callable(loss):
+        return loss
+    if loss not in LOSSES:
+        raise ValueError(unknown_name("loss", loss, LOSSES))
+    return LOSSES[loss]

@@ -1,0 +1,492 @@
+"""Models: named parameters, predictions from them, and the gradient carried backward."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from os import PathLike
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+
+from gpuml.datasets import Preprocessing
+from gpuml.devices import CPU, Array, Device, array_module, device_of, get_device, to_host
+from gpuml.errors import ModelFileError
+from gpuml.matmul import matmul
+from gpuml.model_files import load_arrays, save_arrays
+
+Shape: TypeAlias = tuple[int, ...]
+
+
+class Parameters(Mapping[str, Array]):
+    """Named arrays that are views of one flat vector.
+
+    The names serve people and layers; the vector serves whatever treats all parameters alike:
+    the optimizer's update, a copy, a sum over GPUs. Gradients have the same form.
+
+    Parameters
+    ----------
+    flat : array of shape (…, n_parameters)
+        The vector; its leading axes are in front of every parameter.
+    shapes : mapping of str to tuple of int
+        The shape of each parameter, in the order in which they lie in the vector.
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not add up to the length of the vector.
+    """
+
+    def __init__(self, flat: Array, shapes: Mapping[str, Shape]) -> None:
+        self.flat = flat
+        self.shapes = dict(shapes)
+        self._views: dict[str, Array] = {}
+        start = 0
+        for name, shape in shapes.items():
+            stop = start + math.prod(shape)
+            self._views[name] = flat[..., start:stop].reshape(*flat.shape[:-1], *shape)
+            start = stop
+        if start != flat.shape[-1]:
+            raise ValueError(f"the shapes need {start} numbers, the vector has {flat.shape[-1]}")
+
+    def __getitem__(self, name: str) -> Array:
+        return self._views[name]
+
+    def __setitem__(self, name: str, values: Array) -> None:
+        self._views[name][...] = values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._views)
+
+    def __len__(self) -> int:
+        return len(self._views)
+
+    def __repr__(self) -> str:
+        shapes = ", ".join(f"{name} {shape}" for name, shape in self.shapes.items())
+        return f"Parameters({self.flat.shape[-1]:,} numbers: {shapes})"
+
+    def zeros_like(self) -> Parameters:
+        """Return parameters of the same names, shapes, type and device, all zero."""
+        with device_of(self.flat).use():
+            flat = array_module(self.flat).zeros_like(self.flat)
+        return Parameters(flat, self.shapes)
+
+
+class Backward(Protocol):
+    """What `Model.forward` hands back: carries a gradient from the predictions to the parameters.
+
+    Parameters
+    ----------
+    d_predictions : array of shape (…, batch, outputs)
+        The gradient of the loss with respect to the predictions.
+    gradients : Parameters, optional
+        Where to write; new ones are made unless given.
+    input_gradient : bool
+        Whether to carry the gradient on to the inputs, at the price of one more product.
+
+    Returns
+    -------
+    gradients : Parameters
+    d_x : array of shape (…, batch, features) or None
+    """
+
+    def __call__(
+        self,
+        d_predictions: Array,
+        gradients: Parameters | None = None,
+        *,
+        input_gradient: bool = False,
+    ) -> tuple[Parameters, Array | None]:
+        """Carry the gradient back."""
+        ...
+
+
+class Model:
+    """Affine layers with ReLU between them; :class:`Linear` has one layer, :class:`MLP` several.
+
+    A model of one's own derives from this class and overrides :meth:`forward`.
+
+    Parameters
+    ----------
+    parameters : Parameters
+        The weights and biases, on one device.
+    layers : sequence of (str, str)
+        The names of each layer's weight and bias among the parameters, from the inputs on.
+
+    Attributes
+    ----------
+    parameters : Parameters
+        ``model.parameters[name] = values`` writes them.
+    preprocessing : Preprocessing or None
+        How raw tables become this model's inputs, and its outputs answers; saved with it.
+    """
+
+    def __init__(self, parameters: Parameters, layers: Sequence[tuple[str, str]]) -> None:
+        self.parameters = parameters
+        self.layers = tuple(layers)
+        self.preprocessing: Preprocessing | None = None
+
+    @property
+    def device(self) -> Device:
+        """The device on which the parameters live."""
+        return device_of(self.parameters.flat)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The element type of the parameters."""
+        dtype: np.dtype[Any] = self.parameters.flat.dtype
+        return dtype
+
+    @property
+    def n_parameters(self) -> int:
+        """How many numbers training may change."""
+        return int(self.parameters.flat.shape[-1])
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The numbers of features, of each hidden layer's units, and of outputs."""
+        shapes = [self.parameters.shapes[weight] for weight, _ in self.layers]
+        return shapes[0][0], *(shape[1] for shape in shapes)
+
+    def forward(self, parameters: Parameters, x: Array) -> tuple[Array, Backward]:
+        """Return the predictions for `x`, and the function that carries gradients back.
+
+        Parameters
+        ----------
+        parameters : Parameters
+            The model's own, or others of the same names and shapes.
+        x : array of shape (…, batch, features)
+            Inputs, on the device of the parameters.
+
+        Returns
+        -------
+        predictions : array of shape (…, batch, outputs)
+        backward : Backward
+
+        Raises
+        ------
+        TypeError
+            If `x` lives on another device than the parameters.
+        ValueError
+            If the number of features does not fit.
+        """
+        array_module(x, parameters.flat)  # refuses a mixture
+        layers = self.layers
+        n_features = parameters[layers[0][0]].shape[-2]
+        if x.ndim < 2 or x.shape[-1] != n_features:
+            raise ValueError(f"x has shape {x.shape}, the model expects (batch, {n_features})")
+        inputs = [x]  # of each layer, kept for the way back
+        for weight, bias in layers:
+            outputs = linear(inputs[-1], parameters[weight], parameters.get(bias))
+            if len(inputs) < len(layers):
+                relu(outputs)
+            inputs.append(outputs)
+        predictions = inputs.pop()
+
+        def backward(
+            d_predictions: Array,
+            gradients: Parameters | None = None,
+            *,
+            input_gradient: bool = False,
+        ) -> tuple[Parameters, Array | None]:
+            if gradients is None:
+                gradients = parameters.zeros_like()
+            d = d_predictions
+            for i in reversed(range(len(layers))):
+                weight, bias = layers[i]
+                linear_gradient(inputs[i], d, gradients[weight], gradients.get(bias))
+                if i == 0 and not input_gradient:
+                    return gradients, None
+                d = matmul(d, parameters[weight].swapaxes(-1, -2))
+                if i > 0:
+                    d *= inputs[i] > 0  # the slope of ReLU
+            return gradients, d
+
+        return predictions, backward
+
+    def __call__(self, x: Array) -> Array:
+        """Return the predictions for `x`: logits, or numbers, of shape (…, batch, outputs)."""
+        with self.device.use():
+            return self.forward(self.parameters, x)[0]
+
+    def to(self, device: Device | str) -> Model:
+        """Move the parameters to a device and return the model."""
+        target = get_device(device)
+        if target != self.device:
+            flat = target.asarray(to_host(self.parameters.flat))
+            self.parameters = Parameters(flat, self.parameters.shapes)
+        return self
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the model to a safetensors file, which :func:`load_model` reads.
+
+        The file appears whole or not at all: it is written beside its place, synced, renamed.
+
+        Parameters
+        ----------
+        path : path
+            The file; an existing one is replaced.
+
+        Raises
+        ------
+        OSError
+            If it cannot be written.
+        """
+        arrays = {name: to_host(array) for name, array in self.parameters.items()}
+        description: dict[str, Any] = {"model": type(self).__name__, "sizes": self.sizes}
+        if self.preprocessing is not None:
+            tables, description["preprocessing"] = self.preprocessing.to_arrays()
+            arrays |= {f"preprocessing.{name}": table for name, table in tables.items()}
+        save_arrays(path, arrays, {"gpuml": json.dumps(description)})
+
+    def __repr__(self) -> str:
+        sizes = "-".join(map(str, self.sizes))
+        return f"{type(self).__name__} {sizes} ({self.n_parameters:,} parameters, {self.dtype})"
+
+
+class Linear(Model):
+    """A matrix W and a bias b: Y = X W + b.
+
+    Both start at zero: with the losses of this package the problem is convex, so that gradient
+    descent reaches the same minimum from any start.
+
+    Parameters
+    ----------
+    n_features, n_outputs : int
+        W has shape (n_features, n_outputs), b (1, n_outputs).
+    bias : bool
+        Whether to have b at all.
+    dtype : dtype
+        Type of the parameters.
+    device : Device or str, optional
+        Where they live; what :func:`get_device` returns unless given.
+
+    Examples
+    --------
+    >>> Linear(3, 2, device="cpu")
+    Linear 3-2 (8 parameters, float32)
+    """
+
+    def __init__(
+        self,
+        n_features: int,
+        n_outputs: int,
+        *,
+        bias: bool = True,
+        dtype: Any = np.float32,
+        device: Device | str | None = None,
+    ) -> None:
+        layers = self.layer_names(1)
+        shapes = _affine_shapes(layers, [n_features, n_outputs])
+        if not bias:
+            del shapes["bias"]
+        super().__init__(_zeros(shapes, dtype), layers)
+        self.to(get_device(device))
+
+    @staticmethod
+    def layer_names(n_layers: int) -> list[tuple[str, str]]:
+        """Return the names of the weight and the bias; `n_layers` must be 1."""
+        if n_layers != 1:
+            raise ValueError(f"a linear model has one layer, not {n_layers}")
+        return [("weight", "bias")]
+
+
+class MLP(Model):
+    """A multilayer perceptron: affine layers with ReLU between them, none after the last.
+
+    Weights are drawn from normal distributions of variance 2 / inputs (1 / inputs in the last
+    layer, which no ReLU follows), biases start at zero.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        Features, units of each hidden layer, outputs: ``[64, 128, 10]``.
+    seed : int
+        For the start weights; the same on every device.
+    dtype : dtype
+        Type of the parameters.
+    device : Device or str, optional
+        Where they live; what :func:`get_device` returns unless given.
+
+    References
+    ----------
+    He, Zhang, Ren, Sun: Delving Deep into Rectifiers. ICCV 2015. Section 2.2.
+
+    Examples
+    --------
+    >>> MLP([64, 128, 10], device="cpu")
+    MLP 64-128-10 (9,610 parameters, float32)
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        *,
+        seed: int = 0,
+        dtype: Any = np.float32,
+        device: Device | str | None = None,
+    ) -> None:
+        layers = self.layer_names(len(sizes) - 1)
+        start = _zeros(_affine_shapes(layers, sizes), dtype)
+        generator = np.random.default_rng(seed)
+        for i, (weight, _) in enumerate(layers):
+            gain = 2 if i < len(layers) - 1 else 1
+            normal = generator.standard_normal(start.shapes[weight])
+            start[weight] = normal * math.sqrt(gain / sizes[i])
+        super().__init__(start, layers)
+        self.to(get_device(device))
+
+    @staticmethod
+    def layer_names(n_layers: int) -> list[tuple[str, str]]:
+        """Return the names of the weights and biases, layer by layer."""
+        return [(f"layers.{i}.weight", f"layers.{i}.bias") for i in range(n_layers)]
+
+
+MODELS: dict[str, type[Linear] | type[MLP]] = {"Linear": Linear, "MLP": MLP}
+
+
+def load_model(path: str | PathLike[str], *, device: Device | str | None = None) -> Model:
+    """Read a model from a file that :meth:`Model.save` wrote. No code in it is ever run.
+
+    Parameters
+    ----------
+    path : path
+        A safetensors file.
+    device : Device or str, optional
+        Where the parameters are to live; what :func:`get_device` returns unless given.
+
+    Returns
+    -------
+    Model
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no such file.
+    ModelFileError
+        If it is damaged, truncated, or not a model of gpuml's; the message says which.
+    """
+    arrays, metadata = load_arrays(path)
+    if "gpuml" not in metadata:
+        raise ModelFileError(f"{path} is a safetensors file, but gpuml did not write it")
+    try:
+        description = json.loads(metadata["gpuml"])
+        model_class = MODELS[description["model"]]
+        sizes = [int(size) for size in description["sizes"]]
+        options = description.get("preprocessing")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelFileError(f"{path} does not describe a model of gpuml's: {error!r}") from None
+
+    tables = {
+        name.removeprefix("preprocessing."): arrays.pop(name)
+        for name in list(arrays)
+        if name.startswith("preprocessing.")
+    }
+    dtype = _check_arrays(path, arrays, model_class, sizes)
+    model: Model
+    if model_class is Linear:
+        model = Linear(*sizes, bias="bias" in arrays, dtype=dtype, device=CPU)
+    else:
+        model = MLP(sizes, dtype=dtype, device=CPU)
+    for name, array in arrays.items():
+        model.parameters[name] = array
+    if options is not None:
+        try:
+            model.preprocessing = Preprocessing.from_arrays(tables, options)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ModelFileError(f"{path}: its preprocessing is damaged: {error!r}") from None
+    return model.to(get_device(device))
+
+
+def _check_arrays(
+    path: str | PathLike[str],
+    arrays: Mapping[str, np.ndarray[Any, Any]],
+    model_class: type[Linear] | type[MLP],
+    sizes: Sequence[int],
+) -> np.dtype[Any]:
+    """Refuse arrays that are not what the file says; return their element type."""
+    try:
+        expected = _affine_shapes(model_class.layer_names(len(sizes) - 1), sizes)
+    except ValueError as error:
+        raise ModelFileError(f"{path}: {error}") from None
+    if model_class is Linear and "bias" not in arrays:
+        del expected["bias"]
+    found = {name: array.shape for name, array in arrays.items()}
+    if found != expected:
+        raise ModelFileError(
+            f"{path}: a model of sizes {list(sizes)} needs {expected}, the file has {found}"
+        )
+    dtypes = {array.dtype for array in arrays.values()}
+    if len(dtypes) != 1 or next(iter(dtypes)).kind != "f":
+        names = ", ".join(sorted(map(str, dtypes)))
+        raise ModelFileError(f"{path}: expected weights of one floating-point type, found {names}")
+    for name, array in arrays.items():
+        if not np.isfinite(array).all():
+            raise ModelFileError(f"{path}: {name} has numbers that are not finite")
+    return next(iter(dtypes))
+
+
+def _affine_shapes(layers: Sequence[tuple[str, str]], sizes: Sequence[int]) -> dict[str, Shape]:
+    """Return the shape of each layer's weight and bias.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two sizes, or one is not a positive integer.
+    """
+    if len(sizes) < 2 or any(size != int(size) or size < 1 for size in sizes):
+        raise ValueError(f"sizes must be two or more positive integers, got {list(sizes)}")
+    shapes: dict[str, Shape] = {}
+    for (weight, bias), n_in, n_out in zip(layers, sizes[:-1], sizes[1:], strict=True):
+        shapes |= {weight: (n_in, n_out), bias: (1, n_out)}
+    return shapes
+
+
+def _zeros(shapes: Mapping[str, Shape], dtype: Any) -> Parameters:
+    return Parameters(np.zeros(sum(map(math.prod, shapes.values())), dtype), shapes)
+
+
+def linear(x: Array, weight: Array, bias: Array | None) -> Array:
+    """Return x W + b.
+
+    Parameters
+    ----------
+    x : array of shape (…, batch, in)
+    weight : array of shape (…, in, out)
+    bias : array of shape (…, 1, out) or None
+
+    Returns
+    -------
+    array of shape (…, batch, out)
+    """
+    outputs = matmul(x, weight)
+    if bias is not None:
+        outputs += bias
+    return outputs
+
+
+def relu(z: Array) -> None:
+    """Replace `z` by max(z, 0), in place."""
+    if isinstance(z, np.ndarray):
+        # NumPy compares with a row of zeros twice as fast as with one zero.
+        np.maximum(z, np.zeros(z.shape[-1], z.dtype), out=z)
+    else:
+        array_module(z).maximum(z, 0, out=z)
+
+
+def linear_gradient(x: Array, d_outputs: Array, d_weight: Array, d_bias: Array | None) -> None:
+    """Write the gradients of :func:`linear`: dW = xᵀ d, db = the sum of d over the batch.
+
+    Parameters
+    ----------
+    x : array of shape (…, batch, in)
+    d_outputs : array of shape (…, batch, out)
+    d_weight : array of shape (…, in, out)
+        Written.
+    d_bias : array of shape (…, 1, out) or None
+        Written.
+    """
+    matmul(x.swapaxes(-1, -2), d_outputs, out=d_weight)
+    if d_bias is not None:
+        array_module(d_outputs).add.reduce(d_outputs, axis=-2, keepdims=True, out=d_bias)
