@@ -233,7 +233,7 @@ def _is_cupy(a: Any) -> bool:
 
 
 def _device_of_one(a: Any) -> Device:
-    if isinstance(a, np.ndarray):
+    if isinstance(a, np.ndarray | np.generic):
         return CPU
     if _is_cupy(a):
         return Device("gpu", a.device.id)

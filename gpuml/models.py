@@ -39,6 +39,11 @@ class Parameters(Mapping[str, Array]):
     """
 
     def __init__(self, flat: Array, shapes: Mapping[str, Shape]) -> None:
+        n_parameters = sum(map(math.prod, shapes.values()))
+        if n_parameters != flat.shape[-1]:
+            raise ValueError(
+                f"the shapes need {n_parameters} numbers, the vector has {flat.shape[-1]}"
+            )
         self.flat = flat
         self.shapes = dict(shapes)
         self._views: dict[str, Array] = {}
@@ -47,8 +52,6 @@ class Parameters(Mapping[str, Array]):
             stop = start + math.prod(shape)
             self._views[name] = flat[..., start:stop].reshape(*flat.shape[:-1], *shape)
             start = stop
-        if start != flat.shape[-1]:
-            raise ValueError(f"the shapes need {start} numbers, the vector has {flat.shape[-1]}")
 
     def __getitem__(self, name: str) -> Array:
         return self._views[name]

@@ -166,8 +166,9 @@ def train(
         Integer labels from 0 for classification, numbers for regression; where `X` is.
     loss : str or callable, optional
         ``"cross_entropy"`` or ``"mean_squared_error"``, or a function
-        ``(predictions, targets) -> (value, d_predictions)``. Unless given, cross entropy for
-        integer `y` and the mean squared error for others.
+        ``(predictions, targets) -> (value, d_predictions)``, which gets integers as they are and
+        numbers as (batch, n_outputs). Unless given, cross entropy for integer `y` and the mean
+        squared error for others.
     optimizer : str or Optimizer
         ``"adam"``, ``"gradient_descent"``, or one with settings of its own.
     n_epochs : int
@@ -476,6 +477,7 @@ def _prepared(model: Model, X: Array, y: Array, loss: Loss) -> tuple[Array, Arra
                 f"labels must be from 0 to {n_outputs - 1}, one for each of the model's outputs, "
                 f"got {int(y.min())} to {int(y.max())}"
             )
+    if y.dtype.kind in "iu" and loss is not mean_squared_error:
         return X, device.asarray(y)
     y = device.asarray(y, model.dtype)
     if y.ndim == 1:

@@ -1,0 +1,291 @@
+"""The house rules: imports point down, notebooks are clean, the ways to install agree."""
+
+from __future__ import annotations
+
+import ast
+import json
+import re
+import shlex
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+import gpuml
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "gpuml"
+NOTEBOOKS = sorted(
+    path
+    for path in (ROOT / "notebooks").rglob("*.ipynb")
+    if ".ipynb_checkpoints" not in path.parts
+)
+
+FLOORS = [
+    {"errors", "devices"},
+    {"matmul", "losses", "datasets", "model_files", "plots"},
+    {"models", "optimizers", "batches"},
+    {"training"},
+    {"doctor", "cli", "__main__"},
+]
+# On one floor, a module may use those to its left.
+NEIGHBOURS = [("errors", "devices"), ("matmul", "losses"), ("models", "optimizers")]
+NEIGHBOURS += [("doctor", "cli"), ("cli", "__main__")]
+HEAVY = {"cupy", "cupyx", "matplotlib", "mpi4py", "safetensors", "scipy", "sklearn", "tqdm"}
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """All modules that a piece of code names in import statements."""
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            module = node.module or ""
+            names |= {f"{module}.{a.name}" for a in node.names} if module == "gpuml" else {module}
+    return names
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_imports_point_down(path):
+    if path.stem == "__init__":
+        return  # lists the public names of all floors, loaded at first use
+    floor = {name: i for i, names in enumerate(FLOORS) for name in names}
+    assert path.stem in floor, f"say in FLOORS where {path.stem} belongs"
+    for name in imports(ast.parse(path.read_text())):
+        if not name.startswith("gpuml."):
+            continue
+        used = name.split(".")[1]
+        if used == "__version__":
+            continue
+        down = floor[used] < floor[path.stem] or (used, path.stem) in NEIGHBOURS
+        assert down, f"{path.stem} (floor {floor[path.stem]}) imports {used} (floor {floor[used]})"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_heavy_libraries_are_imported_where_they_are_used(path):
+    tree = ast.parse(path.read_text())
+    top = ast.Module([n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)], [])
+    assert not {name.split(".")[0] for name in imports(top)} & HEAVY
+
+
+def test_nothing_can_be_unpickled():
+    for path in PACKAGE.rglob("*.py"):
+        text = path.read_text()
+        assert "pickle" not in {name.split(".")[0] for name in imports(ast.parse(text))}, path
+        assert "allow_pickle=True" not in text, path
+        for call in re.findall(r"np\.load\([^)]*\)", text):
+            assert "allow_pickle=False" in call, f"{path}: {call}"
+
+
+def test_the_top_level_is_as_its_owner_wants_it():
+    wanted = {"README.md", "pyproject.toml", "notebooks", "gpuml", "tests", "environment.yml"}
+    made = {"runs", "dist", "build", "uv.lock", "shared"}  # by working here; ignored by git
+    found = {path.name for path in ROOT.iterdir() if not path.name.startswith(".")}
+    assert wanted <= found
+    assert found <= wanted | made | {"LICENSE"}
+
+
+# --- notebooks ---------------------------------------------------------------------------------
+
+
+def cells(path: Path, kind: str) -> list[dict]:
+    every = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    return [cell for cell in every if cell["cell_type"] == kind and "".join(cell["source"]).strip()]
+
+
+def tags(cell: dict) -> list[str]:
+    return cell["metadata"].get("tags", [])
+
+
+def faults(notebook: dict) -> list[str]:
+    """What is wrong with a notebook, a line each."""
+    found = []
+    first = notebook["cells"][0] if notebook["cells"] else {"cell_type": "", "source": []}
+    if first["cell_type"] != "markdown" or not "".join(first["source"]).startswith("# "):
+        found.append("the first cell is no title")
+    code = [c for c in notebook["cells"] if c["cell_type"] == "code" and "".join(c["source"]).strip()]
+    for cell in code:
+        source = "".join(cell["source"])
+        name = source.splitlines()[0]
+        if cell["execution_count"] is None:
+            found.append(f"never executed: {name}")
+        if len(source.splitlines()) > 20:
+            found.append(f"over 20 lines: {name}")
+        for output in cell["outputs"]:
+            if output["output_type"] == "error" and "raises-exception" not in tags(cell):
+                found.append(f"a stored error: {name}")
+        shown = json.dumps(cell["outputs"]) + source
+        if re.search(r"(?<![\w.:/])/(home|Users|root|tmp|work|usr|opt|mnt)/", shown):
+            found.append(f"an absolute path: {name}")
+        if re.search(r"[A-Za-z]:\\\\?Users", shown):
+            found.append(f"an absolute path: {name}")
+    free = [c for c in code if {"nbval-ignore-output", "nbval-skip"} & set(tags(c))]
+    if len(free) > len(code) / 3:
+        found.append(f"{len(free)} of {len(code)} code cells are excused from comparison")
+    counts = [cell["execution_count"] for cell in code]
+    if None not in counts and counts != list(range(1, len(counts) + 1)):
+        found.append(f"not executed from top to bottom: {counts}")
+    return found
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebooks_are_clean(path):
+    assert faults(json.loads(path.read_text(encoding="utf-8"))) == []
+
+
+def test_there_are_notebooks():
+    assert ROOT / "notebooks" / "00_start_here.ipynb" in NOTEBOOKS
+
+
+def code_cell(source: str, **changes) -> dict:
+    return {
+        "cell_type": "code",
+        "source": source.splitlines(keepends=True),
+        "metadata": {},
+        "execution_count": 1,
+        "outputs": [],
+    } | changes
+
+
+TITLE = {"cell_type": "markdown", "source": ["# A title\n"], "metadata": {}}
+ERROR = {"output_type": "error", "ename": "ValueError", "evalue": "", "traceback": []}
+
+
+@pytest.mark.parametrize(
+    ("notebook", "fault"),
+    [
+        ([TITLE, code_cell("1")], None),
+        ([TITLE, code_cell("1"), code_cell("")], None),
+        ([code_cell("1")], "no title"),
+        ([TITLE, code_cell("1", execution_count=None)], "never executed"),
+        ([TITLE, code_cell("x\n" * 21)], "over 20 lines"),
+        ([TITLE, code_cell("1", outputs=[ERROR])], "a stored error"),
+        (
+            [TITLE, code_cell("1", outputs=[ERROR], metadata={"tags": ["raises-exception"]})],
+            None,
+        ),
+        ([TITLE, code_cell("open('/home/me/x')")], "an absolute path"),
+        (
+            [TITLE, code_cell("x", outputs=[{"output_type": "stream", "text": ["in /tmp/a.py"]}])],
+            "an absolute path",
+        ),
+        ([TITLE, code_cell("1", metadata={"tags": ["nbval-ignore-output"]})], "excused"),
+        ([TITLE, code_cell("1", execution_count=2)], "top to bottom"),
+    ],
+)
+def test_the_check_of_notebooks_finds_faults(notebook, fault):
+    found = faults({"cells": notebook})
+    assert (found == []) if fault is None else (fault in " ".join(found))
+
+
+# --- the ways to install -----------------------------------------------------------------------
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def bounds(requirements: list[str]) -> dict[str, str]:
+    parsed = [Requirement(text) for text in requirements]
+    return {r.name: str(r.specifier) for r in parsed}
+
+
+def test_the_conda_environment_asks_for_what_the_project_does():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["name"] == "gpuml"
+    assert environment["channels"] == ["conda-forge"]
+    plain = [entry for entry in environment["dependencies"] if isinstance(entry, str)]
+    [by_pip] = [entry["pip"] for entry in environment["dependencies"] if isinstance(entry, dict)]
+    assert by_pip == ["--no-deps -e ."], "conda has brought all the rest"
+    given = bounds(plain)
+    assert {"jupyterlab", "cupy", "numpy", "nbval", "matplotlib", "pip"} <= set(given)
+
+    table = project()
+    extras = table["project"]["optional-dependencies"]
+    cupy = bounds(extras["cuda13"])["cupy-cuda13x"]
+    needed = bounds(table["project"]["dependencies"]) | bounds(extras["lab"]) | {"cupy": cupy}
+    development = bounds(table["dependency-groups"]["dev"])
+    needed |= {name: development[name] for name in ("nbval", "pytest", "pyyaml", "hypothesis")}
+    needed["python"] = table["project"]["requires-python"]
+    for name, specifier in needed.items():
+        assert given.get(name) == specifier, name
+    assert set(given) == set(needed) | {"pip"}
+
+
+def test_bounds_are_lower_bounds():
+    table = project()
+    lists = [table["project"]["dependencies"], table["dependency-groups"]["dev"]]
+    lists += table["project"]["optional-dependencies"].values()
+    for text in sum(lists, []):
+        requirement = Requirement(text)
+        if requirement.name != "gpuml":
+            assert re.fullmatch(r">=[\d.]+", str(requirement.specifier)), text
+
+
+def test_the_newest_good_versions_are_kept_and_fit_the_bounds():
+    lines = (ROOT / "tests" / "constraints.txt").read_text().splitlines()
+    pinned = {}
+    for line in lines:
+        if line and not line.startswith("#"):
+            requirement = Requirement(line)
+            [specifier] = requirement.specifier
+            assert specifier.operator == "==", line
+            pinned.setdefault(requirement.name, specifier.version)
+    assert "://" not in "".join(lines)
+    table = project()
+    wanted = table["project"]["dependencies"] + table["dependency-groups"]["dev"]
+    for requirement in map(Requirement, wanted):
+        if requirement.name != "gpuml":
+            assert requirement.specifier.contains(pinned[requirement.name]), requirement.name
+
+
+def readme_lines() -> list[str]:
+    blocks = re.findall(r"```(?:bash|sh|console)\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    return [line for block in blocks for line in block.splitlines() if line.strip()]
+
+
+def test_the_readme_begins_with_the_two_commands():
+    assert readme_lines()[:2] == [
+        "pip install uv && uv run gpuml train",
+        "pip install uv && uv run pytest",
+    ]
+
+
+def test_the_readme_names_every_extra_and_only_commands_that_exist(monkeypatch, capsys):
+    from gpuml import cli
+
+    lines = readme_lines()
+    extras = set(project()["project"]["optional-dependencies"])
+    named = {
+        extra
+        for line in lines
+        for group in re.findall(r"\.\[([\w,]+)\]|--extra (\w+)", line)
+        for extra in "".join(group).split(",")
+    }
+    assert named == extras
+    for line in lines:
+        words = shlex.split(line.partition("#")[0])
+        if "gpuml" not in words:
+            continue
+        arguments = words[words.index("gpuml") + 1 :]
+        for command in ("train", "predict", "doctor"):
+            if arguments[:1] == [command]:
+                options = cli._parse(arguments)  # refuses an unknown option
+                assert options.command.__name__ == f"_{command}"
+
+
+def test_the_examples_of_the_help_are_right():
+    from gpuml import cli
+
+    for text in (cli.TRAIN_EXAMPLES, cli.PREDICT_EXAMPLES):
+        for line in text.splitlines()[1:]:
+            cli._parse(shlex.split(line)[1:])
+
+
+def test_the_version_is_said_once():
+    assert project()["project"]["dynamic"] == ["version"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", gpuml.__version__)

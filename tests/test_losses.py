@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.metrics import log_loss
+
+import gpuml
+from gpuml.losses import get_loss, mean_squared_error, softmax_cross_entropy
+
+
+def numerical_gradient(f, x, h=1e-6):
+    """Central differences of a scalar function of a float64 array, entry by entry."""
+    gradient = np.zeros_like(x)
+    for i in np.ndindex(x.shape):
+        up, down = x.copy(), x.copy()
+        up[i] += h
+        down[i] -= h
+        gradient[i] = (f(up) - f(down)) / (2 * h)
+    return gradient
+
+
+def test_mean_squared_error_is_the_mean_over_samples_and_outputs(device, rng):
+    p, t = rng.normal(size=(7, 3)), rng.normal(size=(7, 3))
+    value, gradient = mean_squared_error(device.asarray(p), device.asarray(t))
+    assert gpuml.device_of(value, gradient) == device, "the value stays on the device"
+    np.testing.assert_allclose(gpuml.to_host(value), np.mean((p - t) ** 2))
+    expected = numerical_gradient(lambda p: np.mean((p - t) ** 2), p)
+    np.testing.assert_allclose(gpuml.to_host(gradient), expected, atol=1e-8)
+
+
+def test_cross_entropy_agrees_with_scikit_learn_and_differences(device, rng):
+    logits, labels = rng.normal(size=(6, 4)) * 3, np.array([0, 3, 1, 1, 2, 0])
+
+    def reference(z):
+        e = np.exp(z - z.max(axis=1, keepdims=True))
+        return log_loss(labels, e / e.sum(axis=1, keepdims=True), labels=range(4))
+
+    value, gradient = softmax_cross_entropy(device.asarray(logits), device.asarray(labels))
+    np.testing.assert_allclose(gpuml.to_host(value), reference(logits), rtol=1e-12)
+    expected = numerical_gradient(reference, logits)
+    np.testing.assert_allclose(gpuml.to_host(gradient), expected, atol=1e-8)
+
+
+def test_cross_entropy_keeps_its_arguments(device, rng):
+    logits, labels = device.asarray(rng.normal(size=(5, 3))), device.asarray(np.arange(5) % 3)
+    before = gpuml.to_host(logits).copy()
+    softmax_cross_entropy(logits, labels)
+    np.testing.assert_array_equal(gpuml.to_host(logits), before)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_cross_entropy_survives_huge_logits(device, dtype):
+    logits = device.asarray([[1e4, -1e4, 0.0], [-1e4, 1e4, 0.0]], dtype)
+    value, gradient = softmax_cross_entropy(logits, device.asarray([0, 0]))
+    assert value.dtype == gradient.dtype == dtype
+    np.testing.assert_allclose(gpuml.to_host(value), 1e4, rtol=1e-6)
+    np.testing.assert_allclose(gpuml.to_host(gradient), [[0, 0, 0], [-0.5, 0.5, 0]], atol=1e-12)
+
+
+@pytest.mark.parametrize("one_label_each", [True, False])
+def test_leading_axes_are_models_of_their_own(device, rng, one_label_each):
+    logits, targets = rng.normal(size=(3, 5, 4)), rng.normal(size=(5, 4))
+    labels = rng.integers(4, size=(3, 5) if one_label_each else 5)
+    values, gradients = softmax_cross_entropy(device.asarray(logits), device.asarray(labels))
+    squares, square_gradients = mean_squared_error(
+        device.asarray(logits), device.asarray(np.broadcast_to(targets, (3, 5, 4)))
+    )
+    assert values.shape == squares.shape == (3,)
+    for i in range(3):
+        one = softmax_cross_entropy(logits[i], labels[i] if one_label_each else labels)
+        two = mean_squared_error(logits[i], targets)
+        np.testing.assert_allclose(gpuml.to_host(values[i]), one[0], rtol=1e-12)
+        np.testing.assert_allclose(gpuml.to_host(gradients[i]), one[1], rtol=1e-12)
+        np.testing.assert_allclose(gpuml.to_host(squares[i]), two[0], rtol=1e-12)
+        np.testing.assert_allclose(gpuml.to_host(square_gradients[i]), two[1], rtol=1e-12)
+
+
+def test_shapes_that_numpy_would_broadcast_are_refused():
+    with pytest.raises(ValueError, match=r"\(5, 1\).*\(1, 5\).*y\[:, None\]"):
+        mean_squared_error(np.zeros((5, 1)), np.zeros((1, 5)))
+    with pytest.raises(ValueError, match="integers of shape"):
+        softmax_cross_entropy(np.zeros((5, 3)), np.zeros(5))
+    with pytest.raises(ValueError, match="integers of shape"):
+        softmax_cross_entropy(np.zeros((5, 3)), np.zeros((5, 1), int))
+
+
+def test_a_label_beyond_the_classes_is_not_counted_for_another_sample():
+    with pytest.raises(IndexError):
+        softmax_cross_entropy(np.zeros((5, 3)), np.array([0, 1, 2, 3, 0]))
+
+
+def test_losses_have_names():
+    assert get_loss("cross_entropy") is softmax_cross_entropy
+    assert get_loss(mean_squared_error) is mean_squared_error
+    with pytest.raises(ValueError, match="did you mean 'cross_entropy'"):
+        get_loss("crossentropy")

@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import gpuml
+from gpuml import MLP, Linear, Parameters
+from gpuml.losses import mean_squared_error, softmax_cross_entropy
+
+
+def cases():
+    return [
+        (Linear(5, 3, dtype=np.float64, device="cpu"), mean_squared_error),
+        (Linear(5, 3, bias=False, dtype=np.float64, device="cpu"), mean_squared_error),
+        (MLP([5, 3], dtype=np.float64, device="cpu"), softmax_cross_entropy),
+        (MLP([5, 8, 3], dtype=np.float64, device="cpu"), softmax_cross_entropy),
+        (MLP([5, 8, 6, 3], dtype=np.float64, device="cpu"), mean_squared_error),
+    ]
+
+
+@pytest.mark.parametrize(("model", "loss"), cases())
+def test_gradients_agree_with_finite_differences(device, rng, model, loss):
+    model.parameters.flat[:] = rng.normal(size=model.n_parameters)
+    model.to(device)
+    x = rng.normal(size=(7, 5))
+    y = rng.integers(3, size=7) if loss is softmax_cross_entropy else rng.normal(size=(7, 3))
+    y = device.asarray(y)
+
+    def value(flat, x):
+        parameters = Parameters(device.asarray(flat), model.parameters.shapes)
+        predictions, _ = model.forward(parameters, device.asarray(x))
+        return float(loss(predictions, y)[0])
+
+    predictions, backward = model.forward(model.parameters, device.asarray(x))
+    _, d_predictions = loss(predictions, y)
+    gradients, d_x = backward(d_predictions, input_gradient=True)
+
+    flat, h = gpuml.to_host(model.parameters.flat).copy(), 1e-6
+    for i in range(len(flat)):
+        up, down = flat.copy(), flat.copy()
+        up[i] += h
+        down[i] -= h
+        slope = (value(up, x) - value(down, x)) / (2 * h)
+        assert abs(float(gradients.flat[i]) - slope) < 1e-7, i
+    for i in np.ndindex(x.shape):
+        up, down = x.copy(), x.copy()
+        up[i] += h
+        down[i] -= h
+        slope = (value(flat, up) - value(flat, down)) / (2 * h)
+        assert abs(float(d_x[i]) - slope) < 1e-7, i
+
+
+def test_backward_writes_where_it_is_told_and_skips_the_input(device, rng):
+    model = MLP([4, 6, 2], device=device)
+    x = device.asarray(rng.normal(size=(3, 4)), np.float32)
+    predictions, backward = model.forward(model.parameters, x)
+    expected, _ = backward(predictions.copy())
+    given = model.parameters.zeros_like()
+    given.flat[...] = np.nan
+    returned, d_x = backward(predictions.copy(), given)
+    assert returned is given
+    assert d_x is None
+    np.testing.assert_array_equal(gpuml.to_host(given.flat), gpuml.to_host(expected.flat))
+
+
+def test_a_population_is_the_same_model_with_one_more_axis(device, rng):
+    model = MLP([4, 6, 2], device=device, dtype=np.float64)
+    flat = device.asarray(rng.normal(size=(3, model.n_parameters)))
+    population = Parameters(flat, model.parameters.shapes)
+    assert population["layers.0.weight"].shape == (3, 4, 6)
+    x = device.asarray(rng.normal(size=(5, 4)))
+    y = device.asarray(rng.integers(2, size=5))
+    predictions, backward = model.forward(population, x)
+    gradients, _ = backward(softmax_cross_entropy(predictions, y)[1])
+    for i in range(3):
+        alone, back = model.forward(Parameters(flat[i].copy(), model.parameters.shapes), x)
+        expected, _ = back(softmax_cross_entropy(alone, y)[1])
+        np.testing.assert_allclose(gpuml.to_host(predictions[i]), gpuml.to_host(alone), rtol=1e-12)
+        np.testing.assert_allclose(
+            gpuml.to_host(gradients.flat[i]), gpuml.to_host(expected.flat), rtol=1e-10, atol=1e-14
+        )
+
+
+def test_parameters_are_views_of_one_vector(device):
+    parameters = Parameters(device.xp.zeros(8), {"weight": (2, 3), "bias": (1, 2)})
+    parameters["weight"] = device.asarray(np.arange(6.0).reshape(2, 3))
+    parameters.flat[6:] = 9
+    np.testing.assert_array_equal(gpuml.to_host(parameters.flat), [0, 1, 2, 3, 4, 5, 9, 9])
+    np.testing.assert_array_equal(gpuml.to_host(parameters["bias"]), [[9, 9]])
+    assert list(parameters) == ["weight", "bias"]
+    assert len(parameters) == 2
+    with pytest.raises(ValueError, match="need 8 numbers, the vector has 7"):
+        Parameters(device.xp.zeros(7), parameters.shapes)
+    with pytest.raises(ValueError, match="broadcast"):
+        parameters["bias"] = device.xp.zeros((3, 3))
+
+
+def test_start_weights_have_the_stated_spread_and_do_not_depend_on_the_device(device):
+    model = MLP([400, 300, 200], seed=3, device=device)
+    hidden = gpuml.to_host(model.parameters["layers.0.weight"])
+    last = gpuml.to_host(model.parameters["layers.1.weight"])
+    assert abs(hidden.var() / (2 / 400) - 1) < 0.02
+    assert abs(last.var() / (1 / 300) - 1) < 0.02
+    assert not gpuml.to_host(model.parameters["layers.0.bias"]).any()
+    np.testing.assert_array_equal(
+        gpuml.to_host(model.parameters.flat),
+        MLP([400, 300, 200], seed=3, device="cpu").parameters.flat,
+    )
+    assert (
+        hidden != MLP([400, 300, 200], seed=4, device="cpu").parameters["layers.0.weight"]
+    ).any()
+
+
+def test_wrong_inputs_are_named(device):
+    model = MLP([4, 6, 2], device=device)
+    with pytest.raises(ValueError, match=r"\(3, 5\).*\(batch, 4\)"):
+        model(device.xp.zeros((3, 5), np.float32))
+    with pytest.raises(ValueError, match=r"\(batch, 4\)"):
+        model(device.xp.zeros(4, np.float32))
+    for sizes in ([4], [4, 0], [4, -1, 2], [4, 2.5]):
+        with pytest.raises(ValueError, match="positive integers"):
+            MLP(sizes, device=device)
+    with pytest.raises(ValueError, match="positive integers"):
+        Linear(0, 3, device=device)
+
+
+def test_a_model_moves_between_devices(device):
+    model = MLP([4, 6, 2], device="cpu")
+    before = model.parameters.flat.copy()
+    assert model.to(device) is model
+    assert model.device == device
+    np.testing.assert_array_equal(gpuml.to_host(model.parameters.flat), before)
+    assert repr(model) == "MLP 4-6-2 (44 parameters, float32)"
+
+
+def test_both_devices_predict_the_same(device, rng):
+    x = rng.normal(size=(50, 64)).astype(np.float32)
+    model = MLP([64, 128, 10], device="cpu")
+    expected = model(x)
+    there = model.to(device)(device.asarray(x))
+    np.testing.assert_allclose(gpuml.to_host(there), expected, rtol=1e-4, atol=1e-5)
