@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gpuml import plots as plots
     from gpuml.datasets import Dataset, Preprocessing, load_dataset, split
     from gpuml.devices import Device, array_module, device_of, get_device, to_host
     from gpuml.errors import DataError, DeviceError, GpumlError, ModelFileError
@@ -35,6 +36,7 @@ _MODULES = {
     "losses": ("mean_squared_error", "softmax_cross_entropy"),
     "models": ("MLP", "Linear", "Model", "Parameters", "load_model"),
     "optimizers": ("Adam", "GradientDescent"),
+    "plots": (),
     "training": (
         "DivergenceError",
         "History",
@@ -79,6 +81,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"gpuml.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module 'gpuml' has no attribute '{name}'")
     value = globals()[name] = getattr(import_module(f"gpuml.{_HOMES[name]}"), name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import io
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from gpuml import __version__
 
 if TYPE_CHECKING:
     from gpuml.datasets import Dataset, HostArray, Preprocessing, Task
+    from gpuml.devices import Device
     from gpuml.models import Model
     from gpuml.optimizers import Optimizer
     from gpuml.training import History
@@ -65,6 +67,10 @@ class RunError(Exception):
     """The call is right, but the run failed."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C came; the message says when, and what is left."""
+
+
 class Parser(argparse.ArgumentParser):
     """An argument parser whose complaints are one line long."""
 
@@ -86,24 +92,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     int
         0 done, 1 the run failed, 2 the call is wrong, 130 stopped by Ctrl-C.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file may be any bytes
     try:
-        options = _parse(sys.argv[1:] if arguments is None else arguments)
-        command: Callable[[argparse.Namespace], int] = options.command
-        return command(options)
+        try:
+            options = _parse(sys.argv[1:] if arguments is None else arguments)
+            command: Callable[[argparse.Namespace], int] = options.command
+            return command(options)
+        finally:
+            sys.stdout.flush()  # here, where a fault can still be told
+    except SystemExit as stop:  # after --help and --version
+        return int(stop.code or DONE)
     except CallError as error:
         return _complain(error, WRONG_CALL)
     except RunError as error:
         return _complain(error, FAILED)
-    except KeyboardInterrupt:
-        return _complain("stopped by Ctrl-C", INTERRUPTED)
-    except BrokenPipeError:
-        # The reader of a pipe (`| head`) has enough. Python would complain while closing.
+    except MemoryError as error:
+        return _complain(f"not enough memory: {error}", FAILED)
+    except KeyboardInterrupt as error:
+        return _complain(str(error) or "stopped by Ctrl-C: nothing saved", INTERRUPTED)
+    except OSError as error:
+        # Standard output is closed or full; Python would complain again while closing it.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+        if isinstance(error, BrokenPipeError):  # the reader (`| head`) has enough
+            return DONE
+        return _complain(f"cannot write to standard output: {error}", FAILED)
 
 
 def _complain(message: object, code: int) -> int:
-    print(f"gpuml: {message}", file=sys.stderr)
+    print("gpuml:", *str(message).split(), file=sys.stderr)  # on one line, whatever is in it
     return code
 
 
@@ -113,8 +130,10 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         parser.print_help()
         raise SystemExit(WRONG_CALL)
     name = arguments[0]
-    if name.startswith("-"):
+    if name in ("-h", "--help", "--version"):
         return parser.parse_args(arguments)
+    if name.startswith("-"):
+        raise CallError(f"{name} comes before the command: expected gpuml COMMAND {name}")
     if name not in commands:
         from gpuml.errors import unknown_name
 
@@ -154,7 +173,9 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         epilog=f"{TRAIN_EXAMPLES}\n{EXIT_CODES}",
     )
     train.add_argument("data", metavar="DATA", nargs="*", help="see above (digits)")
-    train.add_argument("--target", metavar="COLUMN", help="csv: name or number (from 1) to predict")
+    train.add_argument(
+        "--target", metavar="COLUMN", help="csv: name or number, from 1, to predict (last)"
+    )
     train.add_argument("--task", type=_one_of("task", TASKS), default="auto", help=_choice(TASKS))
     train.add_argument(
         "--hidden",
@@ -180,7 +201,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     )
     train.add_argument("--momentum", type=_momentum, help="gradient_descent: 0 to less than 1 (0)")
     train.add_argument(
-        "--same-unit", action="store_true", help="one scale for all features, as pixels want"
+        "--same-unit", action="store_true", help="one scale for all features, as pixels want (off)"
     )
     train.add_argument(
         "--test-fraction", type=_fraction, default=0.2, help="share of rows held out (0.2)"
@@ -188,7 +209,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     train.add_argument("--seed", type=_seed, default=0, help="of all random choices (0)")
     train.add_argument("--device", help=DEVICE_HELP)
     train.add_argument("--output", metavar="DIR", help="folder for the results (runs/001, 002, …)")
-    train.add_argument("--overwrite", action="store_true", help="replace an earlier run in DIR")
+    train.add_argument("--overwrite", action="store_true", help="replace a run in DIR (off)")
 
     predict = add(
         "predict",
@@ -200,7 +221,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     predict.add_argument("model", metavar="MODEL", help="model.safetensors of a run, or its folder")
     predict.add_argument("data", metavar="DATA", help="what to predict for; as for gpuml train")
     predict.add_argument("--output", metavar="FILE", help="where to write (standard output)")
-    predict.add_argument("--overwrite", action="store_true", help="replace FILE")
+    predict.add_argument("--overwrite", action="store_true", help="replace FILE (off)")
     predict.add_argument("--device", help=DEVICE_HELP)
 
     doctor = add(
@@ -210,7 +231,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         description="Say whether a GPU can be used here, and what to do if not.",
         epilog="exit codes: 0 all well, on the GPU or on the CPU; 1 there is something to repair",
     )
-    doctor.add_argument("--json", action="store_true", help="for machines")
+    doctor.add_argument("--json", action="store_true", help="for machines (off)")
     return parser, {"train": train, "predict": predict, "doctor": doctor}
 
 
@@ -249,8 +270,8 @@ def _number(
     return convert
 
 
-_positive_int = _number(int, "a positive whole number", lambda value: value > 0)
-_seed = _number(int, "a whole number from 0", lambda value: value >= 0)
+_positive_int = _number(int, "a positive whole number below 2**31", lambda v: 0 < v < 2**31)
+_seed = _number(int, "a whole number from 0 to 2**32 - 1", lambda value: 0 <= value < 2**32)
 _positive_float = _number(float, "a positive number", lambda value: 0 < value < float("inf"))
 _momentum = _number(float, "a number from 0 to less than 1", lambda value: 0 <= value < 1)
 _fraction = _number(float, "a number between 0 and 1", lambda value: 0 < value < 1)
@@ -263,7 +284,8 @@ def _sizes(text: str) -> list[int]:
         return [_positive_int(part) for part in text.split(",")]
     except argparse.ArgumentTypeError:
         raise argparse.ArgumentTypeError(
-            f"expected positive whole numbers with commas between them, or none, got '{text}'"
+            "expected positive whole numbers below 2**31 with commas between them, or none, "
+            f"got '{text}'"
         ) from None
 
 
@@ -282,21 +304,26 @@ def _finding_faults() -> Iterator[None]:
         raise CallError(f"{error}. {diagnosis.summary}{cure}") from None
     except (GpumlError, ValueError, OSError) as error:
         raise CallError(error) from None
-    except MemoryError as error:
-        raise RunError(f"not enough memory: {error}") from None
+
+
+def _device(options: argparse.Namespace) -> Device:
+    from gpuml.devices import get_device
+
+    try:
+        return get_device(options.device)
+    except ValueError as error:
+        raise CallError(error if options.device else f"GPUML_DEVICE: {error}") from None
 
 
 def _train(options: argparse.Namespace) -> int:
     from gpuml.datasets import Preprocessing, split
-    from gpuml.devices import get_device
     from gpuml.models import MLP, Linear
-    from gpuml.training import DivergenceError, TrainingInterrupted, train
 
     # Whatever is wrong with the call comes out here, before anything is written.
     with _finding_faults():
         optimizer = _optimizer(options)
-        folder = _check_folder(options)
-        device = get_device(options.device)
+        wanted = _check_folder(options)
+        device = _device(options)
         data, y, task = _training_data(options)
         X_train, X_test, y_train, y_test = split(
             data.X,
@@ -320,16 +347,39 @@ def _train(options: argparse.Namespace) -> int:
             else Linear(*sizes, device=device)
         )
         model.preprocessing = preprocessing
+        training_data = preprocessing.features(X_train), preprocessing.targets(y_train)
         held_out = preprocessing.features(X_test), preprocessing.targets(y_test)
-        folder = _make_folder(folder)
 
-    code, trouble = DONE, ""
+    with _results_folder(wanted) as folder:
+        history, code, trouble = _run(model, training_data, held_out, optimizer, options)
+        if not len(history):
+            return _complain(f"{trouble}; nothing saved: no epoch was finished", code)
+        if trouble:
+            _complain(f"{trouble}; the model of epoch {len(history)} is kept", code)
+        try:
+            _save(folder, model, history)
+            print(_report(options, data, task, model, history, (X_test, y_test), folder))
+        except KeyboardInterrupt:
+            raise Interrupted(f"stopped by Ctrl-C after training: see {folder}") from None
+    return code
+
+
+def _run(
+    model: Model,
+    training_data: tuple[HostArray, HostArray],
+    held_out: tuple[HostArray, HostArray],
+    optimizer: Optimizer,
+    options: argparse.Namespace,
+) -> tuple[History, int, str]:
+    """Train; return the history, the exit code, and what went wrong."""
+    from gpuml.training import DivergenceError, TrainingInterrupted, train
+
+    is_classification = model.preprocessing is not None and model.preprocessing.classes
     try:
         history = train(
             model,
-            preprocessing.features(X_train),
-            preprocessing.targets(y_train),
-            loss="cross_entropy" if task == "classification" else "mean_squared_error",
+            *training_data,
+            loss="cross_entropy" if is_classification else "mean_squared_error",
             optimizer=optimizer,
             n_epochs=options.epochs,
             batch_size=options.batch_size,
@@ -337,24 +387,10 @@ def _train(options: argparse.Namespace) -> int:
             seed=options.seed,
         )
     except DivergenceError as error:
-        code, trouble, history = FAILED, str(error), error.history
+        return error.history, FAILED, str(error)
     except TrainingInterrupted as error:
-        code, trouble, history = INTERRUPTED, f"stopped by Ctrl-C: {error}", error.history
-    except MemoryError as error:
-        _remove_if_empty(folder)
-        raise RunError(f"not enough memory on {device}: {error}") from None
-
-    if trouble:
-        _complain(trouble, code)
-    if not len(history):
-        _remove_if_empty(folder)
-        return _complain("nothing saved: no epoch was finished", code)
-    try:
-        _save(folder, model, history)
-    except OSError as error:
-        raise RunError(f"cannot write the results: {error}") from None
-    print(_report(options, data, task, model, history, (X_test, y_test), folder))
-    return code
+        return error.history, INTERRUPTED, f"stopped by Ctrl-C: {error}"
+    return history, DONE, ""
 
 
 def _optimizer(options: argparse.Namespace) -> Optimizer:
@@ -373,19 +409,19 @@ def _training_data(options: argparse.Namespace) -> tuple[Dataset, HostArray, Tas
     from gpuml.datasets import load_dataset
 
     files = options.data or ["digits"]
-    is_pair = len(files) == 2 and all(name.endswith(".npy") for name in files)
+    is_pair = len(files) == 2 and all(name.lower().endswith(".npy") for name in files)
     if len(files) > 1 and not is_pair:
         raise CallError(f"expected one DATA, or X.npy and y.npy, got {len(files)} names")
-    if options.target is not None and not files[0].endswith(".csv"):
+    if options.target is not None and not files[0].lower().endswith(".csv"):
         raise CallError("--target is for .csv files: elsewhere y says what to predict")
     data = load_dataset(*files, target_column=options.target)
     if data.y is None:
         raise CallError(f"{data.name} has nothing to predict: give y as well, as in X.npy y.npy")
     task: Task = data.task if options.task == "auto" else options.task
     if task == "regression" and data.y.dtype.kind != "f":
-        raise CallError(f"the target of {data.name} is text: that is --task classification")
+        raise CallError(f"the target of {data.name} is not numbers: --task classification fits")
     if task == "classification" and data.y.ndim > 1:
-        raise CallError(f"y in {data.name} has several columns: that is --task regression")
+        raise CallError(f"y in {data.name} has several columns: --task regression fits")
     return data, data.y, task
 
 
@@ -405,6 +441,27 @@ def _check_folder(options: argparse.Namespace) -> Path | None:
     return folder
 
 
+@contextmanager
+def _results_folder(wanted: Path | None) -> Iterator[Path]:
+    """Make the folder; take away again what was made if nothing came into it."""
+    first = wanted or Path("runs")
+    made = [path for path in (first, *first.parents) if not path.exists()]
+    try:
+        try:
+            folder = _make_folder(wanted)
+        except OSError as error:
+            raise CallError(
+                f"cannot make a folder for the results: {error}: --output DIR names another"
+            ) from None
+        if wanted is None:
+            made.insert(0, folder)
+        yield folder
+    finally:
+        for path in made:
+            with suppress(OSError):  # something is in it
+                path.rmdir()
+
+
 def _make_folder(folder: Path | None) -> Path:
     """Make the folder; without one, the next free number under runs/."""
     if folder is not None:
@@ -416,25 +473,24 @@ def _make_folder(folder: Path | None) -> Path:
     while True:
         number += 1
         try:
-            (runs / f"{number:03d}").mkdir()
+            (runs / f"{number:03d}").mkdir(parents=True)
         except FileExistsError:  # another run took it at this moment
             continue
         return runs / f"{number:03d}"
 
 
-def _remove_if_empty(folder: Path) -> None:
-    with suppress(OSError):
-        folder.rmdir()
-
-
 def _save(folder: Path, model: Model, history: History) -> None:
+    """Write the results, the model first."""
     from gpuml import plots
     from gpuml.model_files import replacing
 
-    model.save(folder / MODEL_FILE)
-    history.to_csv(folder / HISTORY_FILE)
-    with replacing(folder / PICTURE_FILE) as temporary:
-        plots.save_history(history.columns, history.device, temporary)
+    try:
+        model.save(folder / MODEL_FILE)
+        history.to_csv(folder / HISTORY_FILE)
+        with replacing(folder / PICTURE_FILE) as temporary:
+            plots.save_history(history.columns, history.device, temporary)
+    except OSError as error:
+        raise RunError(f"cannot write the results: {error}") from None
 
 
 def _report(
@@ -468,19 +524,41 @@ def _quality(model: Model, history: History, X_test: HostArray, y_test: HostArra
         return f"{loss}, accuracy {history['validation_accuracy'][-1]:.4f}"
     from sklearn.metrics import r2_score
 
-    _, answers = _apply(model, X_test)
-    return f"{loss} (standardised), R2 {r2_score(y_test, answers):.4f}"
+    from gpuml.errors import DataError
+
+    loss += " (standardised)"
+    if len(y_test) < 2:
+        return loss  # R2 needs two rows
+    try:
+        _, answers = _apply(model, X_test)
+    except DataError:  # of rows far from all others, as the loss shows
+        return loss
+    return f"{loss}, R2 {r2_score(y_test, answers):.4f}"
 
 
 def _apply(model: Model, X: HostArray) -> tuple[HostArray, HostArray]:
-    """Return a model's outputs for a raw table, and the answers that they mean."""
+    """Return a model's outputs for a raw table, and the answers that they mean.
+
+    Raises
+    ------
+    DataError
+        If an output is not finite.
+    """
+    import numpy as np
+
+    from gpuml.errors import DataError
     from gpuml.training import predict
 
-    if model.preprocessing is None:
-        outputs = predict(model, X)
-        return outputs, outputs
-    outputs = predict(model, model.preprocessing.features(X))
-    return outputs, model.preprocessing.answers(outputs)
+    preprocessing = model.preprocessing
+    with np.errstate(all="ignore"):
+        outputs = predict(model, X if preprocessing is None else preprocessing.features(X))
+    bad = ~np.isfinite(outputs).all(axis=-1)
+    if bad.any():
+        raise DataError(
+            f"row {bad.argmax()} (counted from 0) has numbers so large that the model's output is "
+            "not finite: are they in the unit of the training data?"
+        )
+    return outputs, outputs if preprocessing is None else preprocessing.answers(outputs)
 
 
 def _predict(options: argparse.Namespace) -> int:
@@ -490,7 +568,8 @@ def _predict(options: argparse.Namespace) -> int:
 
     with _finding_faults():
         path = Path(options.model)
-        model = load_model(path / MODEL_FILE if path.is_dir() else path, device=options.device)
+        file = path / MODEL_FILE if path.is_dir() else path
+        model = load_model(file, device=_device(options))
         names = model.preprocessing.feature_names if model.preprocessing else ()
         data = load_dataset(options.data, feature_names=names)
         if data.X.shape[1] != model.sizes[0]:
@@ -500,7 +579,7 @@ def _predict(options: argparse.Namespace) -> int:
             )
         if options.output and Path(options.output).exists() and not options.overwrite:
             raise CallError(f"--output {options.output} exists: --overwrite replaces it")
-    outputs, answers = _apply(model, data.X)
+        outputs, answers = _apply(model, data.X)
     text = _predictions(outputs, answers, model.preprocessing)
     if options.output is None:
         sys.stdout.write(text)

@@ -6,9 +6,10 @@ All of it works on host arrays; :meth:`gpuml.Device.asarray` brings them to a de
 from __future__ import annotations
 
 import csv
+import re
 import warnings
-import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -60,9 +61,8 @@ class Dataset:
         if self.y.dtype.kind != "f":
             return "classification"
         values = np.unique(self.y)
-        whole = bool((values == np.round(values)).all())
         few = len(values) <= min(MOST_NUMERIC_CLASSES, len(self.y) // 2)
-        return "classification" if whole and few else "regression"
+        return "classification" if few and _are_whole(values) else "regression"
 
 
 @dataclass(frozen=True)
@@ -119,10 +119,10 @@ class Preprocessing:
         -------
         Preprocessing
         """
-        mean, scale = _mean_and_scale(X, same_unit=same_unit)
+        mean, scale = _mean_and_scale("the features", X, same_unit=same_unit)
         if task == "classification":
             values = np.unique(y)
-            if values.dtype.kind == "f" and (values == np.round(values)).all():
+            if values.dtype.kind == "f" and _are_whole(values):
                 values = values.astype(np.int64)  # the class is 7, not 7.0
             return cls(
                 mean,
@@ -131,7 +131,7 @@ class Preprocessing:
                 feature_names=feature_names,
                 target_name=target_name,
             )
-        target_mean, target_scale = _mean_and_scale(y.reshape(len(y), -1))
+        target_mean, target_scale = _mean_and_scale("the target", y.reshape(len(y), -1))
         return cls(
             mean,
             scale,
@@ -152,9 +152,14 @@ class Preprocessing:
         return len(self.classes) or len(self.target_mean)
 
     def features(self, X: HostArray) -> HostArray:
-        """Return standardised features, float32 of shape (n_samples, n_features)."""
-        standardised: HostArray = ((X - self.mean) / self.scale).astype(np.float32)
-        return standardised
+        """Return standardised features, float32 of shape (n_samples, n_features).
+
+        Raises
+        ------
+        DataError
+            If a number is so far from the training data that float32 cannot hold it.
+        """
+        return _standardised("the features", X, self.mean, self.scale)
 
     def targets(self, y: HostArray) -> HostArray:
         """Return labels, int64 of shape (n_samples,), or float32 (n_samples, n_outputs).
@@ -162,11 +167,11 @@ class Preprocessing:
         Raises
         ------
         DataError
-            If a class is not among those of the training data.
+            If a class is not among those of the training data, or a number too far from them.
         """
         if not self.classes:
-            numbers: HostArray = (y.reshape(len(y), -1) - self.target_mean) / self.target_scale
-            return numbers.astype(np.float32)
+            table = y.reshape(len(y), -1)
+            return _standardised("the target", table, self.target_mean, self.target_scale)
         classes = np.array(self.classes)
         labels: HostArray = np.searchsorted(classes, y).clip(max=len(classes) - 1)
         unknown = classes[labels] != y
@@ -208,16 +213,26 @@ class Preprocessing:
         cls, arrays: Mapping[str, HostArray], options: Mapping[str, Any]
     ) -> Preprocessing:
         """Make again what :meth:`to_arrays` took apart; KeyError or ValueError if parts miss."""
-        names = {"mean", "scale"} | (
-            set() if options["classes"] else {"target_mean", "target_scale"}
-        )
+        classes, feature_names = tuple(options["classes"]), tuple(options["feature_names"])
+        names = {"mean", "scale"} | (set() if classes else {"target_mean", "target_scale"})
         if set(arrays) != names:
             raise ValueError(f"expected arrays {sorted(names)}, got {sorted(arrays)}")
+        _check_scales(arrays["mean"], arrays["scale"])
+        if not classes:
+            _check_scales(arrays["target_mean"], arrays["target_scale"])
+        elif not any(all(type(c) is kind for c in classes) for kind in (str, int, float, bool)):
+            raise ValueError("the classes must be all text or all numbers")
+        elif list(classes) != sorted(set(classes)):
+            raise ValueError("the classes must be sorted and different")
+        if not all(isinstance(name, str) for name in [*feature_names, options["target_name"]]):
+            raise ValueError("the names of the columns must be text")
+        if len(feature_names) not in (0, len(arrays["mean"])):
+            raise ValueError(f"{len(arrays['mean'])} features have {len(feature_names)} names")
         return cls(
             **arrays,
-            classes=tuple(options["classes"]),
-            feature_names=tuple(options["feature_names"]),
-            target_name=str(options["target_name"]),
+            classes=classes,
+            feature_names=feature_names,
+            target_name=options["target_name"],
         )
 
 
@@ -301,9 +316,13 @@ def split(
 
     if not 0 < test_fraction < 1:
         raise ValueError(f"test_fraction must be between 0 and 1, got {test_fraction}")
+    n_test = int(np.ceil(test_fraction * len(y)))
+    if n_test >= len(y):
+        raise DataError(f"holding out {n_test} of {len(y)} rows leaves none to train on")
     if stratify:
         classes, counts = np.unique(y, return_counts=True)
-        n_test = int(np.ceil(test_fraction * len(y)))
+        if len(classes) < 2:
+            raise DataError(f"all {len(y)} rows are of class {classes[0]}: nothing to tell apart")
         if counts.min() < 2:
             raise DataError(
                 f"class {classes[counts.argmin()]} has one row only: at least two are needed, "
@@ -320,12 +339,54 @@ def split(
     return X_train, X_test, y_train, y_test
 
 
-def _mean_and_scale(table: HostArray, *, same_unit: bool = False) -> tuple[HostArray, HostArray]:
+def _mean_and_scale(
+    what: str, table: HostArray, *, same_unit: bool = False
+) -> tuple[HostArray, HostArray]:
     """Return each column's mean and standard deviation; 1 instead of 0 for a constant column."""
-    mean, scale = table.mean(axis=0), table.std(axis=0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        mean, scale = table.mean(axis=0), table.std(axis=0)
+    bad = ~np.isfinite(scale)
+    if bad.any():
+        column = int(bad.argmax())
+        largest = np.abs(table[:, column]).max()
+        raise DataError(
+            f"{what}: column {column} (counted from 0) has numbers up to {largest:g}, too large "
+            "to standardise: give it in a larger unit"
+        )
+    scale = np.where(table.max(axis=0) > table.min(axis=0), scale, 0.0)  # despite rounding
     if same_unit:
         scale = np.full_like(scale, np.sqrt(np.square(scale).mean()))
     return mean, np.where(scale > 0, scale, 1.0)
+
+
+def _standardised(what: str, table: HostArray, mean: HostArray, scale: HostArray) -> HostArray:
+    """Return (table - mean) / scale in float32."""
+    with np.errstate(over="ignore"):
+        numbers: HostArray = ((table - mean) / scale).astype(np.float32)
+    bad = np.argwhere(~np.isfinite(numbers))
+    if len(bad):
+        row, column = bad[0]
+        raise DataError(
+            f"{what}: {table[row, column]:g} in column {column} (counted from 0) is too far from "
+            f"the training data, which have a mean of {mean[column]:g} and a standard deviation "
+            f"of {scale[column]:g}"
+        )
+    return numbers
+
+
+def _check_scales(mean: HostArray, scale: HostArray) -> None:
+    """Refuse what :func:`_mean_and_scale` cannot have made."""
+    if mean.ndim != 1 or mean.shape != scale.shape or not len(mean):
+        raise ValueError(f"means of shape {mean.shape} with scales of shape {scale.shape}")
+    if mean.dtype.kind != "f" or scale.dtype.kind != "f":
+        raise ValueError(f"means of type {mean.dtype} with scales of type {scale.dtype}")
+    if not (np.isfinite(mean).all() and np.isfinite(scale).all() and (scale > 0).all()):
+        raise ValueError("means must be finite, scales finite and positive")
+
+
+def _are_whole(values: HostArray) -> bool:
+    """Whether numbers are whole, and so small that float64 holds each whole number."""
+    return bool((values == np.round(values)).all() and (np.abs(values) <= 2**53).all())
 
 
 def _built_in(name: str) -> Dataset:
@@ -342,40 +403,47 @@ def _built_in(name: str) -> Dataset:
 
 
 def _read_npz(path: Path) -> Dataset:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            names = {name.lower(): name for name in arrays.files}
-            if "x" not in names:
-                found = ", ".join(arrays.files) or "none"
-                raise DataError(f"{path} needs arrays named X and y, it has: {found}")
+    with _reading(path):
+        arrays = np.load(path, allow_pickle=False)
+    if isinstance(arrays, np.ndarray):
+        raise DataError(f"{path} is not an archive of arrays, but one array: name it .npy")
+    with arrays:
+        names = {name.lower(): name for name in arrays.files}
+        if "x" not in names:
+            found = ", ".join(arrays.files) or "none"
+            raise DataError(f"{path} needs arrays named X and y, it has: {found}")
+        with _reading(path):
             X = arrays[names["x"]]
             y = arrays[names["y"]] if "y" in names else None
-    except DataError:
-        raise
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise DataError(_unreadable(path, error)) from None
+    if not isinstance(X, np.ndarray) or not isinstance(y, np.ndarray | None):
+        raise DataError(f"{path} is damaged: X and y in it are not arrays")
     return _checked(path.name, X, y)
 
 
 def _read_npy(path: Path, target: Path | None) -> Dataset:
     loaded = []
     for file in [path] if target is None else [path, target]:
-        try:
+        with _reading(file):
             loaded.append(np.load(file, allow_pickle=False))
-        except (ValueError, OSError, EOFError) as error:
-            raise DataError(_unreadable(file, error)) from None
         if not isinstance(loaded[-1], np.ndarray):
             raise DataError(f"{file} is not an .npy file, but an archive: name it .npz")
     return _checked(path.name, loaded[0], loaded[1] if target is not None else None)
 
 
-def _unreadable(path: Path, error: Exception) -> str:
-    if "Object arrays cannot be loaded" in str(error):
-        return (
-            f"{path} holds an object array, which only pickle can read, and a pickle can run "
-            "any program: save it as numbers, e.g. np.save(path, array.astype(float))"
-        )
-    return f"{path} is damaged, or not the kind of file that its name says"
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """Say in one way whatever NumPy raises about a file that it cannot read."""
+    try:
+        yield
+    except MemoryError:
+        raise
+    except Exception as error:  # of zlib, tokenize, struct, zipfile: damage shows in many ways
+        if "Object arrays cannot be loaded" in str(error):
+            raise DataError(
+                f"{path} holds an object array, which only pickle can read, and a pickle can run "
+                "any program: save it as numbers, e.g. np.save(path, array.astype(float))"
+            ) from None
+        raise DataError(f"{path} is damaged, or not the kind of file that its name says") from None
 
 
 def _checked(name: str, X: HostArray, y: HostArray | None) -> Dataset:
@@ -403,7 +471,7 @@ def _checked(name: str, X: HostArray, y: HostArray | None) -> Dataset:
         raise DataError(f"y in {name} is neither numbers nor text, but of type {y.dtype}")
     if y.dtype.kind == "f":
         _refuse_non_finite(f"y in {name}", y.reshape(len(y), -1))
-    if y.dtype.kind in "iu" or y.dtype == np.float32:
+    if y.dtype.kind in "fiu":
         y = y.astype(np.float64)
     return Dataset(name, X, y)
 
@@ -419,63 +487,116 @@ def _refuse_non_finite(what: str, table: HostArray) -> None:
         )
 
 
+@dataclass(frozen=True)
+class _Layout:
+    """How the rows of a .csv file are to be read."""
+
+    delimiter: str
+    cells: list[str]  # of the first row
+    names: list[str]  # the same if it is a header, else none
+    n_header_lines: int  # a quoted name may go over several
+    used: list[int]  # columns with features, in the order wanted
+    target: int | None
+
+    @property
+    def read(self) -> list[int]:
+        """The columns that must be filled: features, and the target if there is one."""
+        return self.used if self.target is None else [*self.used, self.target]
+
+
 def _read_csv(
     path: Path, target_column: str | None, feature_names: Sequence[str] | None
 ) -> Dataset:
     """Read a table of numbers, with or without a header; the target column may hold text."""
+    layout = _layout(path, target_column, feature_names)
+    X, y, fault = _load_table(path, layout)
+    if fault is not None:
+        raise DataError(_first_bad_cell(path, layout) or f"{path}: {fault}")
+    if not len(X):
+        raise DataError(f"{path} has a header but no rows")
+    names = tuple(layout.names[i] for i in layout.used) if layout.names else ()
+    target_name = layout.names[layout.target] if layout.names and layout.target is not None else ""
+    return Dataset(path.name, X, y, names, target_name)
+
+
+def _layout(path: Path, target_column: str | None, feature_names: Sequence[str] | None) -> _Layout:
+    """Find out from the first row what the columns are."""
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            delimiter = max(",;\t", key=file.readline().count)
-            file.seek(0)
-            first = next((row for row in csv.reader(file, delimiter=delimiter) if row), [])
+        delimiter, first, n_lines = _first_row(path)
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} is not a text file of comma-separated values: {error}") from None
     cells = [cell.strip() for cell in first]
+    if cells in ([], [""]):
+        raise DataError(f"{path} is empty")
     target = None
     if feature_names is None:
         target = _target_index(path, cells, target_column)
         used = [i for i in range(len(cells)) if i != target]
         if not used:
             raise DataError(f"{path} has one column only: features and a target are needed")
-    elif feature_names and set(feature_names) <= set(cells):
-        used = [cells.index(name) for name in feature_names]
     else:
-        used = list(range(len(cells)))
+        used = _feature_indices(path, cells, feature_names)
     # A header is a first row without a single number among the features.
     has_header = not any(_is_number(cells[i]) or not cells[i] for i in used)
+    layout = _Layout(
+        delimiter, cells, cells if has_header else [], n_lines if has_header else 0, used, target
+    )
+    twice = [name for name in layout.names if layout.names.count(name) > 1]
+    if any(cells[i] in twice for i in layout.read):
+        raise DataError(f"{path} has several columns named '{twice[0]}': rename them")
+    return layout
 
-    codes: dict[str, int] = {}
-    unused = set(range(len(cells))) - set(used)
+
+def _load_table(path: Path, layout: _Layout) -> tuple[HostArray, HostArray | None, str | None]:
+    """Return the features, the target, and what is wrong with them, if anything is."""
+    codes: dict[str, int] = {}  # of the target's different cells
+    unused = set(range(len(layout.cells))) - set(layout.used)
     converters: dict[int | str, Callable[[str], float]] = {i: lambda _: 0.0 for i in unused}
-    if target is not None:
-        converters[target] = lambda cell: codes.setdefault(cell.strip(), len(codes))
+    if layout.target is not None:
+        converters[layout.target] = lambda cell: codes.setdefault(cell.strip(), len(codes))
     try:
         with warnings.catch_warnings(action="ignore"):  # about a header without rows
             table = np.loadtxt(
                 path,
                 dtype=np.float64,
-                delimiter=delimiter,
-                skiprows=1 if has_header else 0,
+                delimiter=layout.delimiter,
+                skiprows=layout.n_header_lines,
                 converters=converters or None,
                 comments=None,
                 quotechar='"',
                 ndmin=2,
                 encoding="utf-8-sig",
             )
-        fault = None if np.isfinite(table).all() and "" not in codes else "it is not finite"
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not a text file in UTF-8: {error}") from None
     except ValueError as error:
-        fault = str(error)
-    if fault is not None:
-        place = _first_bad_cell(path, delimiter, cells if has_header else [], used, target)
-        raise DataError(place or f"{path}: {fault}")
+        return np.empty(0), None, str(error)
     if table.size == 0:
-        raise DataError(f"{path} has a header but no rows")
-    X = table[:, used]
-    names = tuple(cells[i] for i in used) if has_header else ()
-    if target is None:
-        return Dataset(path.name, X, None, names)
-    y = _numbers_or_names(path, list(codes))[table[:, target].astype(np.int64)]
-    return Dataset(path.name, X, y, names, cells[target] if has_header else "")
+        return table, None, None
+    if table.shape[1] != len(layout.cells):
+        return table, None, f"{len(layout.cells)} columns at first, then {table.shape[1]}"
+    y = None
+    if layout.target is not None:
+        y = _numbers_or_names(list(codes))[table[:, layout.target].astype(np.int64)]
+        if y.dtype.kind != "f" and sum(map(_is_number, codes)) > MOST_NUMERIC_CLASSES:
+            row = next(i for i, cell in enumerate(y) if not _is_number(cell))
+            raise DataError(
+                f"{path}: the target is a number in most rows, but '{y[row]}' in row {row + 1}"
+            )
+    X = table[:, layout.used]
+    finite = np.isfinite(X).all() and (y is None or y.dtype.kind != "f" or np.isfinite(y).all())
+    return X, y, None if finite and "" not in codes else "it is not finite"
+
+
+def _first_row(path: Path) -> tuple[str, list[str], int]:
+    """Return the delimiter, the cells of the first row, and the number of lines up to its end."""
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        line = next((line for line in file if line.strip()), "")
+        outside_quotes = re.sub('"[^"]*("|$)', "", line)
+        delimiter = max(",;\t", key=outside_quotes.count)
+        file.seek(0)
+        reader = csv.reader(file, delimiter=delimiter)
+        return delimiter, next((row for row in reader if row), []), reader.line_num
 
 
 def _target_index(path: Path, cells: Sequence[str], target_column: str | None) -> int:
@@ -488,49 +609,52 @@ def _target_index(path: Path, cells: Sequence[str], target_column: str | None) -
     raise DataError(f"{path}: " + unknown_name("column", target_column, cells))
 
 
-def _numbers_or_names(path: Path, cells: Sequence[str]) -> HostArray:
-    if not all(_is_number(cell) for cell in cells):
-        return np.array(cells)
-    numbers = np.array(cells, dtype=np.float64)
-    if not np.isfinite(numbers).all():
-        raise DataError(
-            f"{path}: the target column has {cells[int(np.isfinite(numbers).argmin())]}"
-        )
-    return numbers
+def _feature_indices(path: Path, cells: Sequence[str], feature_names: Sequence[str]) -> list[int]:
+    """Return where the named columns are; all columns where the table has none of the names."""
+    missing = [name for name in feature_names if name not in cells]
+    if len(missing) == len(feature_names):
+        return list(range(len(cells)))
+    if missing:
+        raise DataError(f"{path} lacks the column '{missing[0]}' that the model was trained on")
+    return [cells.index(name) for name in feature_names]
+
+
+def _numbers_or_names(cells: Sequence[str]) -> HostArray:
+    if all(map(_is_number, cells)):
+        return np.array(cells, dtype=np.float64)
+    return np.array(cells)
 
 
 def _is_number(cell: str) -> bool:
+    """Whether a cell is a number to NumPy, which unlike Python reads neither 1_000 nor １."""
     try:
         float(cell)
     except ValueError:
         return False
-    return True
+    return cell.isascii() and "_" not in cell
 
 
-def _first_bad_cell(
-    path: Path,
-    delimiter: str,
-    names: Sequence[str],
-    used: Sequence[int],
-    target: int | None,
-) -> str | None:
+def _first_bad_cell(path: Path, layout: _Layout) -> str | None:
     """Read the table again, slowly, for the place of its first mistake."""
+    width = len(layout.cells)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=delimiter)
+        reader = csv.reader(file, delimiter=layout.delimiter)
         rows = (row for row in reader if row)
-        width = len(next(rows)) if names else None
+        if layout.names:
+            next(rows)
         for number, row in enumerate(rows, start=1):
             where = f"{path}: row {number} (line {reader.line_num})"
-            width = width or len(row)
             if len(row) != width:
                 return f"{where} has {len(row)} columns, expected {width}"
-            for column in sorted(used) if target is None else sorted([*used, target]):
+            for column in sorted(layout.read):
                 cell = row[column].strip()
-                here = f"{where}, column {column + 1}" + (f" ({names[column]})" if names else "")
+                name = f" ({layout.names[column]})" if layout.names else ""
+                here = f"{where}, column {column + 1}{name}"
                 if not cell:
                     return f"{here} is empty"
-                if column != target and not _is_number(cell):
+                if _is_number(cell):
+                    if not np.isfinite(float(cell)):
+                        return f"{here} is {cell}, not finite"
+                elif column != layout.target:
                     return f"{here}: '{cell}' is not a number"
-                if column != target and not np.isfinite(float(cell)):
-                    return f"{here} is {cell}, not finite"
     return None

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, TypeAlias
@@ -25,7 +26,7 @@ Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray: the two share no common
 
 # Below this many floating-point operations in one matrix product, a second BLAS thread costs
 # more than it brings (measured by tests/benchmarks/threads.py).
-SERIAL_PRODUCT = 2e7
+SERIAL_PRODUCT = 1e7
 
 
 @dataclass(frozen=True)
@@ -217,10 +218,19 @@ def blas_threads(largest_product: float) -> Iterator[None]:
     if largest_product >= SERIAL_PRODUCT:
         yield
         return
-    from threadpoolctl import threadpool_limits
-
-    with threadpool_limits(limits=1, user_api="blas"):
+    with _thread_pools().limit(limits=1, user_api="blas"):
         yield
+
+
+@cache
+def _thread_pools() -> Any:
+    """Find the thread pools of this process, once: it takes milliseconds.
+
+    NumPy's BLAS, the one that counts here, is there from the start.
+    """
+    from threadpoolctl import ThreadpoolController
+
+    return ThreadpoolController()
 
 
 def _cupy() -> ModuleType:

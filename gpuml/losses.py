@@ -94,18 +94,18 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
     batch, classes = logits.shape[-2:]
     if labels.shape != logits.shape[:-1]:  # the same labels for each of the leading axes
         labels = xp.broadcast_to(labels, logits.shape[:-1])
-    labels = labels.reshape(-1)
-    samples = xp.arange(len(labels))
 
     # Classes come first: sums along whole rows of samples take the CPU half the time of many
     # short sums along the few classes.
     rows = xp.ascontiguousarray(logits.reshape(-1, classes).T)
-    rows -= xp.maximum.reduce(rows, axis=0)
-    log_likelihood = rows[labels, samples]
+    n_samples = rows.shape[1]
+    chosen = labels.reshape(-1) * n_samples + xp.arange(n_samples)  # of the flattened rows
+    rows -= rows.max(axis=0)
+    log_likelihood = rows.reshape(-1).take(chosen)
     gradient = xp.exp(rows, out=rows)
     total = xp.add.reduce(gradient, axis=0)
     gradient /= total * batch
-    gradient[labels, samples] -= 1 / batch
+    gradient.reshape(-1)[chosen] -= 1 / batch
     log_likelihood -= xp.log(total)
     value = xp.add.reduce(log_likelihood.reshape(*logits.shape[:-2], batch), axis=-1) / -batch
     return value, gradient.T.reshape(logits.shape)

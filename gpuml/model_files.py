@@ -30,8 +30,17 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     ------
     Path
         Where to write instead.
+
+    Raises
+    ------
+    OSError
+        If there is no such folder, or `path` is a folder, a device or the like.
     """
     target = Path(path)
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {target}: there is no folder {target.parent}")
+    if target.exists() and not target.is_file():
+        raise FileExistsError(f"cannot write {target}: it is not a file")
     handle, name = tempfile.mkstemp(
         dir=target.parent, prefix=f".{target.stem}-", suffix=target.suffix
     )
@@ -70,12 +79,16 @@ def save_arrays(
     OSError
         If the file cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.numpy import save_file
 
     # safetensors writes the memory of an array as it lies: a transposed view would be garbage.
     contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
     with replacing(path) as temporary:
-        save_file(contiguous, temporary, dict(metadata))
+        try:
+            save_file(contiguous, temporary, dict(metadata))
+        except SafetensorError as error:  # such as a full disk
+            raise OSError(f"cannot write {path}: {error}") from None
 
 
 def load_arrays(

@@ -376,9 +376,9 @@ def load_model(path: str | PathLike[str], *, device: Device | str | None = None)
     try:
         description = json.loads(metadata["gpuml"])
         model_class = MODELS[description["model"]]
-        sizes = [int(size) for size in description["sizes"]]
+        sizes = list(description["sizes"])
         options = description.get("preprocessing")
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelFileError(f"{path} does not describe a model of gpuml's: {error!r}") from None
 
     tables = {
@@ -394,9 +394,12 @@ def load_model(path: str | PathLike[str], *, device: Device | str | None = None)
         model = MLP(sizes, dtype=dtype, device=CPU)
     for name, array in arrays.items():
         model.parameters[name] = array
-    if options is not None:
+    if options is not None or tables:
         try:
-            model.preprocessing = Preprocessing.from_arrays(tables, options)
+            model.preprocessing = Preprocessing.from_arrays(tables, options or {})
+            fits = len(model.preprocessing.mean), model.preprocessing.n_outputs
+            if fits != (sizes[0], sizes[-1]):
+                raise ValueError(f"it is for {fits[0]} features and {fits[1]} outputs")
         except (ValueError, KeyError, TypeError) as error:
             raise ModelFileError(f"{path}: its preprocessing is damaged: {error!r}") from None
     return model.to(get_device(device))
@@ -410,16 +413,20 @@ def _check_arrays(
 ) -> np.dtype[Any]:
     """Refuse arrays that are not what the file says; return their element type."""
     try:
+        if not all(type(size) is int for size in sizes):
+            raise ValueError(f"sizes must be integers, got {sizes}")
         expected = _affine_shapes(model_class.layer_names(len(sizes) - 1), sizes)
     except ValueError as error:
         raise ModelFileError(f"{path}: {error}") from None
     if model_class is Linear and "bias" not in arrays:
         del expected["bias"]
     found = {name: array.shape for name, array in arrays.items()}
-    if found != expected:
-        raise ModelFileError(
-            f"{path}: a model of sizes {list(sizes)} needs {expected}, the file has {found}"
-        )
+    for name in [*expected, *found]:
+        if found.get(name) != expected.get(name):
+            raise ModelFileError(
+                f"{path}: {name} should have shape {expected.get(name, 'none')}, "
+                f"the file has {found.get(name, 'none')}"
+            )
     dtypes = {array.dtype for array in arrays.values()}
     if len(dtypes) != 1 or next(iter(dtypes)).kind != "f":
         names = ", ".join(sorted(map(str, dtypes)))

@@ -6,7 +6,11 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
-LABELS = {"loss": "training", "validation_loss": "held out", "validation_accuracy": "held out"}
+LINES = {
+    "loss": {"label": "training", "color": "C0"},
+    "validation_loss": {"label": "held out", "color": "C1"},
+    "validation_accuracy": {"label": "held out", "color": "C1"},
+}
 
 
 def history(
@@ -40,10 +44,11 @@ def history(
     for axis, panel in zip(axes, panels, strict=True):
         for name in panel:
             marker = "o" if len(columns["epoch"]) < 2 else ""
-            axis.plot(columns["epoch"], columns[name], marker=marker, label=LABELS[name])
+            axis.plot(columns["epoch"], columns[name], marker=marker, **LINES[name])
         axis.set_xlabel("epoch")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.set_ylabel("accuracy" if "accuracy" in panel[0] else "loss")
-        if "accuracy" not in panel[0]:
+        if "accuracy" not in panel[0] and min(min(columns[name]) for name in panel) > 0:
             axis.set_yscale("log")
         axis.grid(alpha=0.3)
         axis.legend()
@@ -70,3 +75,33 @@ def save_history(
     figure = Figure(figsize=(4.5 * n_panels, 3.2), layout="constrained")
     history(columns, device, list(figure.subplots(1, n_panels, squeeze=False)[0]))
     figure.savefig(path, dpi=144)
+
+
+def images(pictures: Any, titles: Sequence[str], n_columns: int = 10) -> Any:
+    """Draw small grey pictures in rows, each with a title.
+
+    Parameters
+    ----------
+    pictures : numpy.ndarray of shape (n, height, width)
+        Larger numbers are darker.
+    titles : sequence of str
+        One for each picture.
+    n_columns : int
+        Pictures in a row.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    from matplotlib import pyplot
+
+    n_rows = -(-len(pictures) // n_columns)
+    figure, grid = pyplot.subplots(
+        n_rows, n_columns, figsize=(n_columns, 1.3 * n_rows), layout="constrained", squeeze=False
+    )
+    for axis in grid.flat:
+        axis.set_axis_off()
+    for axis, picture, title in zip(grid.flat, pictures, titles, strict=False):
+        axis.imshow(picture, cmap="gray_r")
+        axis.set_title(title, fontsize="medium")
+    return figure

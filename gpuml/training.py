@@ -337,7 +337,7 @@ def _one_epoch(
             _refuse_non_finite(losses[: i + 1])  # and so wait for the device
             bar.show_step(i + 1)
             looked = time.monotonic()
-    return float(np.average(_refuse_non_finite(losses), weights=sizes))
+    return float(_refuse_non_finite(losses).astype(np.float64) @ sizes) / sum(sizes)
 
 
 def _evaluate(model: Model, X: Array, y: Array, loss: Loss) -> dict[str, float]:

@@ -255,6 +255,29 @@ def test_ctrl_c_leaves_the_last_finished_epoch(device, rng):
     )
 
 
+def test_history_and_weights_agree_wherever_ctrl_c_comes(device, rng, monkeypatch):
+    X, y = small_problem(rng)
+    model = MLP([4, 8, 2], device=device)
+    keep = training._Good.keep
+
+    def interrupted(self, epoch):
+        if epoch == 3:
+            raise KeyboardInterrupt  # the row of epoch 3 is written, its weights are not kept
+        keep(self, epoch)
+
+    monkeypatch.setattr(training._Good, "keep", interrupted)
+    with pytest.raises(gpuml.TrainingInterrupted) as caught:
+        gpuml.train(model, X, y, n_epochs=5, batch_size=16)
+    history = caught.value.history
+    assert [len(column) for column in history.columns.values()] == [2] * len(history.columns)
+    monkeypatch.undo()
+    twin = MLP([4, 8, 2], device=device)
+    gpuml.train(twin, X, y, n_epochs=2, batch_size=16)
+    np.testing.assert_array_equal(
+        gpuml.to_host(model.parameters.flat), gpuml.to_host(twin.parameters.flat)
+    )
+
+
 def test_long_epochs_are_looked_at_while_they_run(device, rng, monkeypatch):
     monkeypatch.setattr(training, "HEARTBEAT", 0.0)
     X, y = small_problem(rng)
