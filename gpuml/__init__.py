@@ -17,6 +17,15 @@ if TYPE_CHECKING:
     from gpuml.losses import mean_squared_error, softmax_cross_entropy
     from gpuml.models import MLP, Linear, Model, Parameters, load_model
     from gpuml.optimizers import Adam, GradientDescent
+    from gpuml.recordings import Recording, recorded
+    from gpuml.timing import (
+        Ceilings,
+        Comparison,
+        Measurement,
+        benchmark,
+        compare_devices,
+        device_ceilings,
+    )
     from gpuml.training import (
         DivergenceError,
         History,
@@ -37,6 +46,15 @@ _MODULES = {
     "models": ("MLP", "Linear", "Model", "Parameters", "load_model"),
     "optimizers": ("Adam", "GradientDescent"),
     "plots": (),
+    "recordings": ("Recording", "recorded"),
+    "timing": (
+        "Ceilings",
+        "Comparison",
+        "Measurement",
+        "benchmark",
+        "compare_devices",
+        "device_ceilings",
+    ),
     "training": (
         "DivergenceError",
         "History",
@@ -51,6 +69,8 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
     "MLP",
     "Adam",
+    "Ceilings",
+    "Comparison",
     "DataError",
     "Dataset",
     "Device",
@@ -60,12 +80,17 @@ __all__ = [
     "GradientDescent",
     "History",
     "Linear",
+    "Measurement",
     "Model",
     "ModelFileError",
     "Parameters",
     "Preprocessing",
+    "Recording",
     "TrainingInterrupted",
     "array_module",
+    "benchmark",
+    "compare_devices",
+    "device_ceilings",
     "device_of",
     "evaluate",
     "get_device",
@@ -73,6 +98,7 @@ __all__ = [
     "load_model",
     "mean_squared_error",
     "predict",
+    "recorded",
     "softmax_cross_entropy",
     "split",
     "to_host",

@@ -1,4 +1,4 @@
-"""The command line: `gpuml train`, `gpuml predict`, `gpuml doctor`."""
+"""The command line: `gpuml train`, `gpuml predict`, `gpuml doctor`, `gpuml bench`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,14 @@ import argparse
 import difflib
 import io
 import os
+import re
+import signal
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -23,6 +28,7 @@ if TYPE_CHECKING:
 
 DONE, FAILED, WRONG_CALL, INTERRUPTED = 0, 1, 2, 130  # 130: what shells report after Ctrl-C
 
+BENCH_RESULTS = ("products.csv", "products.png", "crossover.png", "roofline.png")
 RESULTS = MODEL_FILE, HISTORY_FILE, PICTURE_FILE = (
     "model.safetensors",
     "history.csv",
@@ -30,15 +36,19 @@ RESULTS = MODEL_FILE, HISTORY_FILE, PICTURE_FILE = (
 )
 
 TRAIN_HELP = """\
-Train a classifier or a regression, hold out a part of the rows to test it on, and keep the
-model, its history and a picture of the curves.
+Train a classifier or a regression, hold out a part of the rows to test it on,
+and keep the model, its history and a picture of the curves. Ctrl-C ends the
+training and keeps the model of the last finished epoch.
 
 DATA is one of
-  digits                 handwritten digits, 1,797 images of 8 x 8 pixels (the default)
+  digits                 handwritten digits, 1,797 images of 8 x 8 pixels
+                         (the default)
   iris, wine, breast_cancer, diabetes
-                         other small data sets; all are embedded, nothing is downloaded
-  table.csv              a table of numbers, with or without a header; the last column is to be
-                         predicted (--target names another) and may hold text
+                         other small data sets; all are embedded, nothing is
+                         downloaded
+  table.csv              a table of numbers, with or without a header; the last
+                         column is to be predicted (--target names another)
+                         and may hold text
   data.npz               arrays X (rows x features) and y
   X.npy y.npy            the same in two files
 """
@@ -47,7 +57,7 @@ TRAIN_EXAMPLES = """\
 examples:
   gpuml train
   gpuml train houses.csv --target price --hidden 64,64 --epochs 200
-  gpuml train X.npy y.npy --optimizer gradient_descent --learning-rate 0.1 --momentum 0.9
+  gpuml train X.npy y.npy --optimizer gradient_descent --momentum 0.9
 """
 
 PREDICT_EXAMPLES = """\
@@ -56,7 +66,23 @@ examples:
   gpuml predict runs/001/model.safetensors X.npy --output predictions.csv
 """
 
-EXIT_CODES = "exit codes: 0 done, 1 the run failed, 2 the call is wrong, 130 stopped by Ctrl-C"
+BENCH_HELP = """\
+Measure the ceilings of this machine: bandwidth of memory and of transfers,
+rates of matrix products, the cost of a launch; and matrix products on the CPU
+and on the GPU, size by size. It takes about half a minute, prints tables, and
+draws pictures. Give it the machine for itself.
+"""
+
+EXIT_CODES = """\
+exit codes: 0 done, 1 the run failed, 2 the call is wrong,
+            130 stopped by Ctrl-C
+"""
+DOCTOR_EXIT_CODES = """\
+exit codes: 0 all well, on the GPU or on the CPU,
+            1 there is something to repair
+"""
+
+SHORT_NAMES = {"lr": "--learning-rate", "bs": "--batch-size", "out": "--output", "o": "--output"}
 
 
 class CallError(Exception):
@@ -92,13 +118,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     int
         0 done, 1 the run failed, 2 the call is wrong, 130 stopped by Ctrl-C.
     """
+    for name in "stdout", "stderr":
+        if getattr(sys, name) is None:  # closed by the shell, as in `gpuml train >&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # the name of a file may be any bytes
+        encoding = None if sys.stdout.isatty() else "utf-8"  # a table is read by programs
+        # the name of a file may be any bytes
+        sys.stdout.reconfigure(encoding=encoding, errors="backslashreplace")
     try:
         try:
             options = _parse(sys.argv[1:] if arguments is None else arguments)
             command: Callable[[argparse.Namespace], int] = options.command
-            return command(options)
+            with _explaining_a_sick_gpu(options):
+                return command(options)
         finally:
             sys.stdout.flush()  # here, where a fault can still be told
     except SystemExit as stop:  # after --help and --version
@@ -142,15 +174,19 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     options, unknown = commands[name].parse_known_intermixed_args(arguments[1:])
     if unknown:
         known = [o for action in commands[name]._actions for o in action.option_strings]
-        near = difflib.get_close_matches(unknown[0], known, n=1)
+        wrong = unknown[0].partition("=")[0]
+        short = SHORT_NAMES.get(wrong.lstrip("-"))
+        near = [short] if short in known else difflib.get_close_matches(wrong, known, 1, 0.7)
         hint = f": did you mean {near[0]}?" if near else ""
         raise CallError(f"unknown argument {unknown[0]}{hint} (gpuml {name} --help says more)")
     return options
 
 
 def _parsers() -> tuple[Parser, dict[str, Parser]]:
+    formatter = partial(argparse.RawDescriptionHelpFormatter, width=79)
     parser = Parser(
         prog="gpuml",
+        formatter_class=formatter,
         description="Train models on the GPU, or on the CPU where there is none.",
         epilog=EXIT_CODES,
         allow_abbrev=False,
@@ -160,9 +196,9 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
 
     def add(name: str, command: Callable[[argparse.Namespace], int], **texts: Any) -> Parser:
         added: Parser = subparsers.add_parser(
-            name, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **texts
+            name, formatter_class=formatter, allow_abbrev=False, **texts
         )
-        added.set_defaults(command=command)
+        added.set_defaults(command=command, prog=added.prog)
         return added
 
     train = add(
@@ -229,10 +265,24 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         _doctor,
         help="say whether a GPU can be used here, and what to do if not",
         description="Say whether a GPU can be used here, and what to do if not.",
-        epilog="exit codes: 0 all well, on the GPU or on the CPU; 1 there is something to repair",
+        epilog=DOCTOR_EXIT_CODES,
     )
     doctor.add_argument("--json", action="store_true", help="for machines (off)")
-    return parser, {"train": train, "predict": predict, "doctor": doctor}
+
+    bench = add(
+        "bench",
+        _bench,
+        help="measure what this machine can do at most",
+        description=BENCH_HELP,
+        epilog=EXIT_CODES,
+    )
+    bench.add_argument("--device", help=DEVICE_HELP)
+    bench.add_argument("--output", metavar="DIR", help="folder for pictures (runs/001, 002, …)")
+    bench.add_argument("--save", metavar="FILE", help="record all measurements, as .json (nowhere)")
+    bench.add_argument(
+        "--overwrite", action="store_true", help="replace FILE, results in DIR (off)"
+    )
+    return parser, {"train": train, "predict": predict, "doctor": doctor, "bench": bench}
 
 
 TASKS = ("auto", "classification", "regression")
@@ -292,25 +342,56 @@ def _sizes(text: str) -> list[int]:
 @contextmanager
 def _finding_faults() -> Iterator[None]:
     """Turn what is wrong with the user's data and settings into one line and exit code 2."""
-    from gpuml.errors import DeviceError, GpumlError
+    from gpuml.errors import GpumlError
 
     try:
         yield
-    except DeviceError as error:
-        from gpuml.doctor import doctor
-
-        diagnosis = doctor()
-        cure = f"; type: {diagnosis.commands[0]}" if diagnosis.commands else ""
-        raise CallError(f"{error}. {diagnosis.summary}{cure}") from None
     except (GpumlError, ValueError, OSError) as error:
         raise CallError(error) from None
 
 
+@contextmanager
+def _explaining_a_sick_gpu(options: argparse.Namespace) -> Iterator[None]:
+    """Turn what CuPy raises where libraries are missing into one line and exit code 1."""
+    try:
+        yield
+    except Exception as error:
+        if not _is_of_a_sick_gpu(error):
+            raise
+        from gpuml.doctor import telling_line
+
+        text = telling_line(str(error)) or repr(error)
+        raise RunError(_with_cure(f"the GPU failed: {text}", options)) from None
+
+
+def _is_of_a_sick_gpu(error: Exception) -> bool:
+    """Whether CuPy raised it, and a library, a header or the driver may be the cause."""
+    # CuPy's CompileException, as of missing headers, is neither of the two.
+    if not isinstance(error, RuntimeError | ImportError) and "Compile" not in type(error).__name__:
+        return False
+    frames = traceback.walk_tb(error.__traceback__)
+    modules = {str(frame.f_globals.get("__name__")).partition(".")[0] for frame, _ in frames}
+    return bool(modules & {"cupy", "cupyx", "cupy_backends"})
+
+
+def _with_cure(problem: str, options: argparse.Namespace) -> str:
+    """Add to what ails the GPU why the doctor thinks so, and what to type."""
+    from gpuml.doctor import doctor
+
+    diagnosis = doctor()
+    reason = diagnosis.reason.rstrip(".")
+    command = diagnosis.commands[0] if diagnosis.commands else f"{options.prog} --device cpu"
+    return f"{problem}. {reason[:1].upper()}{reason[1:]}; type: {command}"
+
+
 def _device(options: argparse.Namespace) -> Device:
     from gpuml.devices import get_device
+    from gpuml.errors import DeviceError
 
     try:
         return get_device(options.device)
+    except DeviceError as error:  # it sends to the doctor, who is asked here
+        raise CallError(_with_cure(str(error).partition(". What to do")[0], options)) from None
     except ValueError as error:
         raise CallError(error if options.device else f"GPUML_DEVICE: {error}") from None
 
@@ -322,16 +403,17 @@ def _train(options: argparse.Namespace) -> int:
     # Whatever is wrong with the call comes out here, before anything is written.
     with _finding_faults():
         optimizer = _optimizer(options)
-        wanted = _check_folder(options)
+        wanted = _check_folder(options, RESULTS)
         device = _device(options)
         data, y, task = _training_data(options)
-        X_train, X_test, y_train, y_test = split(
-            data.X,
-            y,
-            test_fraction=options.test_fraction,
-            seed=options.seed,
-            stratify=task == "classification",
-        )
+        with _doubting_the_task(options, y, task):
+            X_train, X_test, y_train, y_test = split(
+                data.X,
+                y,
+                test_fraction=options.test_fraction,
+                seed=options.seed,
+                stratify=task == "classification",
+            )
         preprocessing = Preprocessing.fit(
             X_train,
             y_train,
@@ -356,12 +438,39 @@ def _train(options: argparse.Namespace) -> int:
             return _complain(f"{trouble}; nothing saved: no epoch was finished", code)
         if trouble:
             _complain(f"{trouble}; the model of epoch {len(history)} is kept", code)
+        written: list[str] = []
         try:
-            _save(folder, model, history)
+            _save(folder, model, history, written)
             print(_report(options, data, task, model, history, (X_test, y_test), folder))
         except KeyboardInterrupt:
-            raise Interrupted(f"stopped by Ctrl-C after training: see {folder}") from None
+            if not written:
+                raise
+            missing = "" if PICTURE_FILE in written else "; the picture is missing"
+            raise Interrupted(
+                f"stopped by Ctrl-C after training: the model is saved in {folder}{missing}"
+            ) from None
     return code
+
+
+@contextmanager
+def _doubting_the_task(options: argparse.Namespace, y: HostArray, task: Task) -> Iterator[None]:
+    """Where it was guessed that the target are classes, and they are poor ones, say so."""
+    from gpuml.errors import DataError
+
+    try:
+        yield
+    except DataError as error:
+        if options.task != "auto" or task != "classification":
+            raise
+        hint = ""
+        if y.dtype.kind == "f":
+            hint = "; if these are numbers to predict: --task regression"
+        # text that starts like a number but is none, as $9.50, 3,25 and 12 % do
+        cells = [cell for cell in y.tolist() if re.match(r"\W{0,2}\d", str(cell))]
+        wrong = [cell for cell in cells if not re.fullmatch(r"[-+.\de]+", str(cell))]
+        if wrong:
+            hint = f"; if these are numbers to predict: '{wrong[0]}' is not written as a number"
+        raise DataError(f"{error}{hint}") from None
 
 
 def _run(
@@ -425,7 +534,7 @@ def _training_data(options: argparse.Namespace) -> tuple[Dataset, HostArray, Tas
     return data, data.y, task
 
 
-def _check_folder(options: argparse.Namespace) -> Path | None:
+def _check_folder(options: argparse.Namespace, results: Sequence[str]) -> Path | None:
     """Return the folder that was asked for, after a look whether it may be written."""
     if options.output is None:
         if options.overwrite:
@@ -436,7 +545,7 @@ def _check_folder(options: argparse.Namespace) -> Path | None:
         raise CallError(f"--output {folder} is a file, expected a folder")
     if folder.is_dir() and not os.access(folder, os.W_OK):
         raise CallError(f"--output {folder} cannot be written: permission denied")
-    if not options.overwrite and any((folder / name).exists() for name in RESULTS):
+    if not options.overwrite and any((folder / name).exists() for name in results):
         raise CallError(f"--output {folder} holds another run: --overwrite replaces it")
     return folder
 
@@ -479,18 +588,48 @@ def _make_folder(folder: Path | None) -> Path:
         return runs / f"{number:03d}"
 
 
-def _save(folder: Path, model: Model, history: History) -> None:
-    """Write the results, the model first."""
+@contextmanager
+def _holding_back_ctrl_c() -> Iterator[None]:
+    """Let Ctrl-C wait until the block has ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # no other thread gets signals
+        return
+    came: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)
+    if came:
+        signal.raise_signal(signal.SIGINT)
+
+
+def _save(folder: Path, model: Model, history: History, written: list[str]) -> None:
+    """Write the results and list them, the model first."""
     from gpuml import plots
     from gpuml.model_files import replacing
 
     try:
-        model.save(folder / MODEL_FILE)
-        history.to_csv(folder / HISTORY_FILE)
+        with _holding_back_ctrl_c():
+            for name in HISTORY_FILE, PICTURE_FILE:  # they would belong to an earlier run
+                (folder / name).unlink(missing_ok=True)
+            model.save(folder / MODEL_FILE)
+            history.to_csv(folder / HISTORY_FILE)
+            written += [MODEL_FILE, HISTORY_FILE]
         with replacing(folder / PICTURE_FILE) as temporary:
             plots.save_history(history.columns, history.device, temporary)
+        written.append(PICTURE_FILE)
     except OSError as error:
         raise RunError(f"cannot write the results: {error}") from None
+
+
+def _count(number: int, what: str) -> str:
+    """Return ``"1 row"`` or ``"1,797 rows"``."""
+    return f"{number:,} {what}" + "s" * (number != 1)
+
+
+def _figure(value: float) -> str:
+    return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
 
 
 def _report(
@@ -503,15 +642,17 @@ def _report(
     folder: Path,
 ) -> str:
     what = f"{model.sizes[-1]} classes" if task == "classification" else "regression"
-    batch = f"{history.batch_size} rows"
+    batch = _count(history.batch_size, "row")
     if options.batch_size > history.n_samples:
-        batch = f"all {history.n_samples} rows ({options.batch_size} were asked for)"
+        batch = f"all {batch} ({options.batch_size:,} were asked for)"
+    rows, features = _count(len(data.X), "row"), _count(data.X.shape[1], "feature")
+    epochs, n_test = _count(len(history), "epoch"), _count(len(held_out[0]), "row")
     lines = {
         "device": history.device,
-        "data": f"{data.name}: {len(data.X):,} rows, {data.X.shape[1]} features, {what}",
+        "data": f"{data.name}: {rows}, {features}, {what}",
         "model": repr(model),
-        "training": f"{len(history)} epochs in batches of {batch}, {options.optimizer}",
-        "held out": f"{len(held_out[0])} rows: {_quality(model, history, *held_out)}",
+        "training": f"{epochs} in batches of {batch}, {options.optimizer}",
+        "held out": f"{n_test}: {_quality(model, history, *held_out)}",
         "time": f"{history.seconds:.2f} s, {history.samples_per_second:,.0f} samples/s",
         "results": f"{folder}{os.sep} with {', '.join(RESULTS)}",
     }
@@ -519,7 +660,7 @@ def _report(
 
 
 def _quality(model: Model, history: History, X_test: HostArray, y_test: HostArray) -> str:
-    loss = f"loss {history['validation_loss'][-1]:.4f}"
+    loss = f"loss {_figure(history['validation_loss'][-1])}"
     if "validation_accuracy" in history.columns:
         return f"{loss}, accuracy {history['validation_accuracy'][-1]:.4f}"
     from sklearn.metrics import r2_score
@@ -533,7 +674,7 @@ def _quality(model: Model, history: History, X_test: HostArray, y_test: HostArra
         _, answers = _apply(model, X_test)
     except DataError:  # of rows far from all others, as the loss shows
         return loss
-    return f"{loss}, R2 {r2_score(y_test, answers):.4f}"
+    return f"{loss}, R2 {_figure(r2_score(y_test, answers))}"
 
 
 def _apply(model: Model, X: HostArray) -> tuple[HostArray, HostArray]:
@@ -574,8 +715,8 @@ def _predict(options: argparse.Namespace) -> int:
         data = load_dataset(options.data, feature_names=names)
         if data.X.shape[1] != model.sizes[0]:
             raise CallError(
-                f"{data.name} has {data.X.shape[1]} columns, the model was trained on "
-                f"{model.sizes[0]} features"
+                f"{data.name} has {_count(data.X.shape[1], 'column')}, the model was trained on "
+                + _count(model.sizes[0], "feature")
             )
         if options.output and Path(options.output).exists() and not options.overwrite:
             raise CallError(f"--output {options.output} exists: --overwrite replaces it")
@@ -585,8 +726,11 @@ def _predict(options: argparse.Namespace) -> int:
         sys.stdout.write(text)
         sys.stdout.flush()
         return DONE
-    with _finding_faults(), replacing(options.output) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    try:
+        with replacing(options.output) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise RunError(error) from None
     return DONE
 
 
@@ -624,3 +768,42 @@ def _doctor(options: argparse.Namespace) -> int:
     diagnosis = doctor()
     print(diagnosis.to_json() if options.json else diagnosis)
     return DONE if diagnosis.ok else FAILED
+
+
+def _bench(options: argparse.Namespace) -> int:
+    import matplotlib
+
+    from gpuml.model_files import replacing
+    from gpuml.recordings import COMMAND, record
+
+    with _finding_faults():
+        wanted = None
+        if options.output is not None:
+            wanted = _check_folder(options, BENCH_RESULTS)
+        command = COMMAND
+        if options.save is not None:
+            command = f"gpuml bench --save {options.save}"
+            _check_record(Path(options.save), options.overwrite)
+        device = _device(options)
+    recording = record(device, command=command)
+    print(recording)
+    matplotlib.use("agg")
+    with _results_folder(wanted) as folder:
+        try:
+            recording.products.to_csv(folder / "products.csv")
+            for name, figure in recording.figures().items():
+                with replacing(folder / f"{name}.png") as temporary:
+                    figure.savefig(temporary, dpi=144)
+            if options.save is not None:
+                recording.save(options.save)
+        except OSError as error:
+            raise RunError(f"cannot write the results: {error}") from None
+        print(f"\npictures and products.csv are in {folder}{os.sep}")
+    return DONE
+
+
+def _check_record(file: Path, overwrite: bool) -> None:
+    if file.suffix != ".json" or not file.parent.is_dir():
+        raise CallError(f"--save {file}: expected a name ending in .json, in a folder that exists")
+    if file.exists() and not overwrite:
+        raise CallError(f"--save {file} exists: --overwrite replaces it")

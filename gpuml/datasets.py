@@ -27,6 +27,8 @@ BUILT_IN = ("breast_cancer", "diabetes", "digits", "iris", "wine")
 # A column of whole numbers with at most this many different ones is taken for classes.
 MOST_NUMERIC_CLASSES = 30
 
+_TRUTH = {"true": 1.0, "false": 0.0}  # in any case of letters
+
 
 @dataclass(frozen=True)
 class Dataset:
@@ -121,13 +123,10 @@ class Preprocessing:
         """
         mean, scale = _mean_and_scale("the features", X, same_unit=same_unit)
         if task == "classification":
-            values = np.unique(y)
-            if values.dtype.kind == "f" and _are_whole(values):
-                values = values.astype(np.int64)  # the class is 7, not 7.0
             return cls(
                 mean,
                 scale,
-                classes=tuple(values.tolist()),
+                classes=tuple(_without_points(np.unique(y)).tolist()),
                 feature_names=feature_names,
                 target_name=target_name,
             )
@@ -256,8 +255,8 @@ def load_dataset(
         For ``.csv``: the name or the number (from 1) of the column to predict; the last one
         unless given.
     feature_names : sequence of str, optional
-        For ``.csv``: read features only, those with these names; all columns if the file has no
-        such names.
+        For ``.csv``: read features only, those with these names; all columns, in their order, if
+        the file has no header or there are no names.
 
     Returns
     -------
@@ -321,8 +320,9 @@ def split(
         raise DataError(f"holding out {n_test} of {len(y)} rows leaves none to train on")
     if stratify:
         classes, counts = np.unique(y, return_counts=True)
+        classes = _without_points(classes)
         if len(classes) < 2:
-            raise DataError(f"all {len(y)} rows are of class {classes[0]}: nothing to tell apart")
+            raise DataError(f"all {len(y):,} rows are of class {classes[0]}: nothing to tell apart")
         if counts.min() < 2:
             raise DataError(
                 f"class {classes[counts.argmin()]} has one row only: at least two are needed, "
@@ -387,6 +387,12 @@ def _check_scales(mean: HostArray, scale: HostArray) -> None:
 def _are_whole(values: HostArray) -> bool:
     """Whether numbers are whole, and so small that float64 holds each whole number."""
     return bool((values == np.round(values)).all() and (np.abs(values) <= 2**53).all())
+
+
+def _without_points(classes: HostArray) -> HostArray:
+    """Return whole numbers as integers: a class is 7, not 7.0."""
+    whole = classes.dtype.kind == "f" and _are_whole(classes)
+    return classes.astype(np.int64) if whole else classes
 
 
 def _built_in(name: str) -> Dataset:
@@ -496,6 +502,7 @@ class _Layout:
     names: list[str]  # the same if it is a header, else none
     n_header_lines: int  # a quoted name may go over several
     used: list[int]  # columns with features, in the order wanted
+    truths: list[int]  # those of them that hold true and false
     target: int | None
 
     @property
@@ -522,10 +529,9 @@ def _read_csv(
 def _layout(path: Path, target_column: str | None, feature_names: Sequence[str] | None) -> _Layout:
     """Find out from the first row what the columns are."""
     try:
-        delimiter, first, n_lines = _first_row(path)
+        delimiter, cells, second, n_lines = _first_rows(path)
     except (UnicodeDecodeError, csv.Error) as error:
         raise DataError(f"{path} is not a text file of comma-separated values: {error}") from None
-    cells = [cell.strip() for cell in first]
     if cells in ([], [""]):
         raise DataError(f"{path} is empty")
     target = None
@@ -537,14 +543,42 @@ def _layout(path: Path, target_column: str | None, feature_names: Sequence[str] 
     else:
         used = _feature_indices(path, cells, feature_names)
     # A header is a first row without a single number among the features.
-    has_header = not any(_is_number(cells[i]) or not cells[i] for i in used)
-    layout = _Layout(
-        delimiter, cells, cells if has_header else [], n_lines if has_header else 0, used, target
-    )
-    twice = [name for name in layout.names if layout.names.count(name) > 1]
-    if any(cells[i] in twice for i in layout.read):
-        raise DataError(f"{path} has several columns named '{twice[0]}': rename them")
+    names = [] if any(_is_value(cells[i]) for i in used) else cells
+    row = second if names else cells
+    truths = [i for i in used if i < len(row) and row[i].lower() in _TRUTH]
+    layout = _Layout(delimiter, cells, names, n_lines if names else 0, used, truths, target)
+    if names:
+        _check_names(path, layout)
+    else:
+        _refuse_numbers_for_names(path, layout, second)
     return layout
+
+
+def _check_names(path: Path, layout: _Layout) -> None:
+    """Refuse a header that leaves a column without a name of its own."""
+    names = layout.names
+    twice = [name for name in names if names.count(name) > 1]
+    for column in sorted(layout.read):
+        if not names[column]:
+            cure = "name it, or leave it out"
+            if column == 0:
+                cure = "leave it out, in pandas to_csv(index=False), in R row.names = FALSE"
+            elif column == len(names) - 1:
+                cure = f"if each line ends with a '{layout.delimiter}', remove that"
+            raise DataError(f"{path}: column {column + 1} has no name: {cure}")
+        if names[column] in twice:
+            raise DataError(f"{path} has several columns named '{names[column]}': rename them")
+
+
+def _refuse_numbers_for_names(path: Path, layout: _Layout, second: Sequence[str]) -> None:
+    """Refuse a first row of text and numbers where the second has numbers under the text."""
+    for column in sorted(layout.read):
+        name, below = layout.cells[column], second[column] if column < len(second) else ""
+        if name and not _is_value(name) and _is_number(below):
+            raise DataError(
+                f"{path}: row 1 looks like a header with numbers for names ('{name}' stands over "
+                f"{below}): rename the columns; if it is a row of data, write a header above it"
+            )
 
 
 def _load_table(path: Path, layout: _Layout) -> tuple[HostArray, HostArray | None, str | None]:
@@ -552,6 +586,7 @@ def _load_table(path: Path, layout: _Layout) -> tuple[HostArray, HostArray | Non
     codes: dict[str, int] = {}  # of the target's different cells
     unused = set(range(len(layout.cells))) - set(layout.used)
     converters: dict[int | str, Callable[[str], float]] = {i: lambda _: 0.0 for i in unused}
+    converters |= {i: lambda cell: _TRUTH[cell.strip().lower()] for i in layout.truths}
     if layout.target is not None:
         converters[layout.target] = lambda cell: codes.setdefault(cell.strip(), len(codes))
     try:
@@ -588,15 +623,17 @@ def _load_table(path: Path, layout: _Layout) -> tuple[HostArray, HostArray | Non
     return X, y, None if finite and "" not in codes else "it is not finite"
 
 
-def _first_row(path: Path) -> tuple[str, list[str], int]:
-    """Return the delimiter, the cells of the first row, and the number of lines up to its end."""
+def _first_rows(path: Path) -> tuple[str, list[str], list[str], int]:
+    """Return the delimiter, the cells of two rows, and the number of lines of the first."""
     with path.open(encoding="utf-8-sig", newline="") as file:
         line = next((line for line in file if line.strip()), "")
         outside_quotes = re.sub('"[^"]*("|$)', "", line)
         delimiter = max(",;\t", key=outside_quotes.count)
         file.seek(0)
         reader = csv.reader(file, delimiter=delimiter)
-        return delimiter, next((row for row in reader if row), []), reader.line_num
+        rows = ([cell.strip() for cell in row] for row in reader if row)
+        first, n_lines = next(rows, []), reader.line_num
+        return delimiter, first, next(rows, []), n_lines
 
 
 def _target_index(path: Path, cells: Sequence[str], target_column: str | None) -> int:
@@ -610,13 +647,22 @@ def _target_index(path: Path, cells: Sequence[str], target_column: str | None) -
 
 
 def _feature_indices(path: Path, cells: Sequence[str], feature_names: Sequence[str]) -> list[int]:
-    """Return where the named columns are; all columns where the table has none of the names."""
+    """Return where the named columns are; all columns where there are no names."""
     missing = [name for name in feature_names if name not in cells]
     if len(missing) == len(feature_names):
-        return list(range(len(cells)))
+        if not feature_names or any(map(_is_value, cells)):
+            return list(range(len(cells)))
+        raise DataError(
+            f"{path} has columns {_listed(cells)}; the model was trained on "
+            f"{_listed(feature_names)}: name them so, or give the table without a header"
+        )
     if missing:
         raise DataError(f"{path} lacks the column '{missing[0]}' that the model was trained on")
     return [cells.index(name) for name in feature_names]
+
+
+def _listed(names: Sequence[str], most: int = 8) -> str:
+    return ", ".join(names[:most]) + (f", … ({len(names)} in all)" if len(names) > most else "")
 
 
 def _numbers_or_names(cells: Sequence[str]) -> HostArray:
@@ -634,6 +680,10 @@ def _is_number(cell: str) -> bool:
     return cell.isascii() and "_" not in cell
 
 
+def _is_value(cell: str) -> bool:
+    return _is_number(cell) or cell.lower() in _TRUTH
+
+
 def _first_bad_cell(path: Path, layout: _Layout) -> str | None:
     """Read the table again, slowly, for the place of its first mistake."""
     width = len(layout.cells)
@@ -647,14 +697,29 @@ def _first_bad_cell(path: Path, layout: _Layout) -> str | None:
             if len(row) != width:
                 return f"{where} has {len(row)} columns, expected {width}"
             for column in sorted(layout.read):
-                cell = row[column].strip()
-                name = f" ({layout.names[column]})" if layout.names else ""
-                here = f"{where}, column {column + 1}{name}"
-                if not cell:
-                    return f"{here} is empty"
-                if _is_number(cell):
-                    if not np.isfinite(float(cell)):
-                        return f"{here} is {cell}, not finite"
-                elif column != layout.target:
-                    return f"{here}: '{cell}' is not a number"
+                fault = _fault(row[column].strip(), column, layout)
+                if fault:
+                    name = f" ({layout.names[column]})" if layout.names else ""
+                    return f"{where}, column {column + 1}{name}{fault}"
     return None
+
+
+def _fault(cell: str, column: int, layout: _Layout) -> str | None:
+    """Say what is wrong with a cell, if anything is, and what to do."""
+    fill = "remove the row, or fill in a number"
+    if not cell:
+        if not layout.names and column == len(layout.cells) - 1:
+            fill += f"; if each line ends with a '{layout.delimiter}', remove that"
+        return f" is empty: {fill}"
+    if column in layout.truths:
+        return None if cell.lower() in _TRUTH else f": '{cell}' is neither true nor false: {fill}"
+    if _is_number(cell):
+        return None if np.isfinite(float(cell)) else f" is {cell}, not finite: {fill}"
+    if column == layout.target:
+        return None
+    cure = "remove the column, or code it as numbers"
+    if re.fullmatch(r"[+-]?\d*,\d+", cell):
+        cure = "write a decimal point"
+    elif cell.upper() in ("NA", "N/A", "NULL", "?"):
+        cure = fill
+    return f": '{cell}' is not a number: {cure}"

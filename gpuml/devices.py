@@ -104,6 +104,7 @@ class Device:
             return free + cupy.get_default_memory_pool().free_bytes(), total
 
     def __str__(self) -> str:
+        """Return name, memory and library: ``NVIDIA H200, 140 GiB, CuPy 14.2.0, CUDA 13.2``."""
         _, total = self.memory()
         parts = [self.name]
         if self.kind == "cpu":

@@ -1,6 +1,6 @@
 """Say whether GPU computing works on this machine and, if not, the exact line to type.
 
-`System` asks the machine and concludes nothing; `diagnose` concludes from the answers alone.
+`System` asks the machine and concludes nothing; `doctor` concludes from the answers alone.
 """
 
 from __future__ import annotations
@@ -212,14 +212,15 @@ class Diagnosis:
     ----------
     case : str
         ``ok-gpu``, ``ok-cpu``, ``cupy-missing``, ``no-driver``, ``driver-too-old``,
-        ``two-cupys``, ``libraries-missing``, ``little-memory`` or ``cupy-broken``.
+        ``two-cupys``, ``libraries-missing``, ``little-memory``, ``cupy-broken`` or
+        ``device-forced``.
     summary : str
         One sentence.
     commands : tuple of str
         Lines to type, in this order (an address: into the browser); none when all is well.
     notes : tuple of str
         What else to know.
-    details : tuple of (str, str)
+    facts : tuple of (str, str)
         What was found: label and value.
     """
 
@@ -227,24 +228,28 @@ class Diagnosis:
     summary: str
     commands: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
-    details: tuple[tuple[str, str], ...] = ()
+    facts: tuple[tuple[str, str], ...] = ()
 
     @property
     def ok(self) -> bool:
         """Whether all is well."""
         return self.case.startswith("ok-")
 
+    @property
+    def reason(self) -> str:
+        """The summary for one who cannot have the GPU, without "All well ...:" before it."""
+        return self.summary.partition(": ")[2] if self.ok else self.summary
+
     def __str__(self) -> str:
-        blocks = [[self.summary], [_wrap(f"  {label:8}", value) for label, value in self.details]]
+        blocks = [[self.summary], [_wrap(f"  {label:8}", value) for label, value in self.facts]]
         if self.commands:
             blocks.append(["What to type:", *(f"  {command}" for command in self.commands)])
         blocks.append([_wrap("Note: ", note) for note in self.notes])
         return "\n\n".join("\n".join(block) for block in blocks if block)
 
     def to_json(self) -> str:
-        """Return the same for programs: case, ok, summary, commands, facts, notes."""
-        fields = {key: getattr(self, key) for key in ("case", "ok", "summary", "commands")}
-        fields |= {"facts": dict(self.details), "notes": self.notes}
+        """Return the same for programs: case, ok, summary, commands, notes, facts."""
+        fields = {"case": self.case, "ok": self.ok, **vars(self), "facts": dict(self.facts)}
         return json.dumps(fields, indent=2, ensure_ascii=False)
 
 
@@ -254,33 +259,16 @@ def doctor(system: System | None = None) -> Diagnosis:
     Parameters
     ----------
     system : System, optional
-        Whom to ask; this machine unless given.
+        Whom to ask, and nobody else; this machine unless given. Nothing is changed.
 
     Returns
     -------
     Diagnosis
     """
-    return diagnose(system or System())
-
-
-def diagnose(system: System) -> Diagnosis:
-    """Conclude from what the system answers, and from nothing else.
-
-    Parameters
-    ----------
-    system : System
-        It is asked; nothing is changed.
-
-    Returns
-    -------
-    Diagnosis
-    """
-    answers = _Answers(system)
+    answers = _Answers(system or System())
     found = _case(answers)
-    forced = system.environment("GPUML_DEVICE")
-    note = f"GPUML_DEVICE={forced} is set: gpuml uses that device and does not choose one."
-    notes = (*found.notes, note) if forced else found.notes
-    return replace(found, notes=notes, details=_details(answers, found.ok))
+    facts = _facts(answers, found.ok)
+    return replace(_with_forced_device(answers, found), facts=facts)
 
 
 class _Answers:
@@ -387,6 +375,27 @@ def _case(a: _Answers) -> Diagnosis:
     return _cupy_broken(a)
 
 
+def _with_forced_device(a: _Answers, found: Diagnosis) -> Diagnosis:
+    """Add what GPUML_DEVICE does, which is the case itself where that device cannot be had."""
+    forced = a.system.environment("GPUML_DEVICE")
+    if not forced:
+        return found
+    known = re.fullmatch(r"auto|cpu|gpu(?::(\d+))?", forced.strip().lower())
+    n_gpus = a.computed.count or 0 if found.case == "ok-gpu" else 0
+    if not known:
+        reason = "is no device: expected auto, cpu, gpu, or gpu:1."
+    elif found.ok and known[0].startswith("gpu") and int(known[1] or 0) >= n_gpus:
+        there_are = f"there are {n_gpus} GPUs, counted from 0." if n_gpus else found.reason
+        reason = f"cannot be had: {there_are}"
+    else:
+        note = f"GPUML_DEVICE={forced} is set: gpuml uses that device and does not choose one."
+        return replace(found, notes=(*found.notes, note))
+    unset = "Remove-Item Env:" if a.system.platform() == "win32" else "unset "
+    return Diagnosis(
+        "device-forced", f"GPUML_DEVICE={forced} {reason}", (f"{unset}GPUML_DEVICE",), found.notes
+    )
+
+
 def _little_memory(a: _Answers) -> Diagnosis:
     nvidia = "nvidia-smi --query-compute-apps=pid,name,used_memory --format=csv"
     command = "rocm-smi --showpids" if a.computed.is_hip else nvidia
@@ -456,7 +465,7 @@ def _cupy_broken(a: _Answers) -> Diagnosis:
     return Diagnosis("cupy-broken", summary, commands, (_RIGHTS,) if a.maker == AMD else ())
 
 
-def _details(a: _Answers, ok: bool) -> tuple[tuple[str, str], ...]:
+def _facts(a: _Answers, ok: bool) -> tuple[tuple[str, str], ...]:
     """Say what was found, for a person to read."""
     c, system, driver = a.computed, a.system, ""
     if a.maker == NVIDIA and not a.hidden:  # a hidden GPU's driver answers "no device"
@@ -471,14 +480,14 @@ def _details(a: _Answers, ok: bool) -> tuple[tuple[str, str], ...]:
         "memory": f"{gib[0]} of {gib[1]} GiB free" if gib else "",
         "driver": driver,
         "CuPy": ", ".join(f"{version} ({name})" for name, version in a.cupys.items()),
-        "error": "" if ok else _telling_line(a.error),
+        "error": "" if ok else telling_line(a.error),
         "NumPy": a.numpy,
         "system": system.os_release().get("PRETTY_NAME", system.platform()) + place,
     }
     return tuple((label, value) for label, value in facts.items() if value)
 
 
-def _telling_line(error: str) -> str:
+def telling_line(error: str) -> str:
     """Return the line with the cause; CuPy buries that of a failed import in advice."""
     original = error.partition("Original error:")[2] or error
     return next((line.strip() for line in original.splitlines() if line.strip()), "")

@@ -77,6 +77,9 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
     ------
     ValueError
         If the shapes do not fit, or the labels are not integers.
+    IndexError
+        On the CPU, if a label is too large; a GPU does not notice, and -1 counts from the end.
+        :func:`gpuml.train` and :func:`gpuml.evaluate` check labels on every device.
 
     Examples
     --------
@@ -99,7 +102,9 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
     # short sums along the few classes.
     rows = xp.ascontiguousarray(logits.reshape(-1, classes).T)
     n_samples = rows.shape[1]
-    chosen = labels.reshape(-1) * n_samples + xp.arange(n_samples)  # of the flattened rows
+    chosen = labels.reshape(-1).astype(xp.int64, copy=False) * n_samples + xp.arange(
+        n_samples
+    )  # of the flattened rows
     rows -= rows.max(axis=0)
     log_likelihood = rows.reshape(-1).take(chosen)
     gradient = xp.exp(rows, out=rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -72,7 +73,8 @@ def save_arrays(
     arrays : mapping of str to numpy.ndarray
         In host memory, of any layout.
     metadata : mapping of str to str
-        Text kept in the file's header.
+        Text kept in the file's header. With several keys, their order in the file may differ
+        from one run to the next.
 
     Raises
     ------
@@ -126,6 +128,26 @@ def load_arrays(
             return arrays, file.metadata() or {}
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise ModelFileError(f"{source} is damaged: {error}") from None
+
+
+def checksum(arrays: Mapping[str, np.ndarray[Any, Any]], text: str) -> str:
+    """Return the SHA-256 of named arrays and a text, in hexadecimal, to notice a changed bit.
+
+    Parameters
+    ----------
+    arrays : mapping of str to numpy.ndarray
+        In host memory; their order does not matter.
+    text : str
+
+    Returns
+    -------
+    str
+    """
+    digest = hashlib.sha256(text.encode())
+    for name, array in sorted(arrays.items()):
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.hexdigest()
 
 
 def _check_length(source: Path) -> None:

@@ -14,7 +14,7 @@ from gpuml.datasets import Preprocessing
 from gpuml.devices import CPU, Array, Device, array_module, device_of, get_device, to_host
 from gpuml.errors import ModelFileError
 from gpuml.matmul import matmul
-from gpuml.model_files import load_arrays, save_arrays
+from gpuml.model_files import checksum, load_arrays, save_arrays
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -108,7 +108,8 @@ class Backward(Protocol):
 class Model:
     """Affine layers with ReLU between them; :class:`Linear` has one layer, :class:`MLP` several.
 
-    A model of one's own derives from this class and overrides :meth:`forward`.
+    A model of one's own derives from this class and overrides :meth:`forward`; it trains and
+    predicts like the others, but only the classes of this package can be saved.
 
     Parameters
     ----------
@@ -235,24 +236,32 @@ class Model:
         ------
         OSError
             If it cannot be written.
+        TypeError
+            If it is a class of one's own, which no file could bring back.
         """
+        if type(self) not in MODELS.values():
+            raise TypeError(
+                f"{type(self).__name__} is not one of {', '.join(MODELS)}, which load_model can "
+                "make: save model.parameters with gpuml.model_files.save_arrays"
+            )
         arrays = {name: to_host(array) for name, array in self.parameters.items()}
         description: dict[str, Any] = {"model": type(self).__name__, "sizes": self.sizes}
         if self.preprocessing is not None:
             tables, description["preprocessing"] = self.preprocessing.to_arrays()
             arrays |= {f"preprocessing.{name}": table for name, table in tables.items()}
+        description["sha256"] = checksum(arrays, json.dumps(description, sort_keys=True))
         save_arrays(path, arrays, {"gpuml": json.dumps(description)})
 
     def __repr__(self) -> str:
-        sizes = "-".join(map(str, self.sizes))
-        return f"{type(self).__name__} {sizes} ({self.n_parameters:,} parameters, {self.dtype})"
+        sizes = " " + "-".join(map(str, self.sizes)) if self.layers else ""
+        return f"{type(self).__name__}{sizes} ({self.n_parameters:,} parameters, {self.dtype})"
 
 
 class Linear(Model):
     """A matrix W and a bias b: Y = X W + b.
 
-    Both start at zero: with the losses of this package the problem is convex, so that gradient
-    descent reaches the same minimum from any start.
+    Both start at zero: with the losses of this package the problem is convex, so that no start
+    leads to a worse loss than another.
 
     Parameters
     ----------
@@ -335,8 +344,8 @@ class MLP(Model):
         generator = np.random.default_rng(seed)
         for i, (weight, _) in enumerate(layers):
             gain = 2 if i < len(layers) - 1 else 1
-            normal = generator.standard_normal(start.shapes[weight])
-            start[weight] = normal * math.sqrt(gain / sizes[i])
+            shape = start.shapes[weight]
+            start[weight] = generator.standard_normal(shape) * math.sqrt(gain / shape[0])
         super().__init__(start, layers)
         self.to(get_device(device))
 
@@ -375,11 +384,15 @@ def load_model(path: str | PathLike[str], *, device: Device | str | None = None)
         raise ModelFileError(f"{path} is a safetensors file, but gpuml did not write it")
     try:
         description = json.loads(metadata["gpuml"])
+        stated = description.pop("sha256", None)
+        found = checksum(arrays, json.dumps(description, sort_keys=True))
         model_class = MODELS[description["model"]]
         sizes = list(description["sizes"])
         options = description.get("preprocessing")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelFileError(f"{path} does not describe a model of gpuml's: {error!r}") from None
+    if stated != found:
+        raise ModelFileError(f"{path} is damaged: its checksum does not fit")
 
     tables = {
         name.removeprefix("preprocessing."): arrays.pop(name)
@@ -447,6 +460,7 @@ def _affine_shapes(layers: Sequence[tuple[str, str]], sizes: Sequence[int]) -> d
     """
     if len(sizes) < 2 or any(size != int(size) or size < 1 for size in sizes):
         raise ValueError(f"sizes must be two or more positive integers, got {list(sizes)}")
+    sizes = [int(size) for size in sizes]  # np.int64 and 64.0 as well
     shapes: dict[str, Shape] = {}
     for (weight, bias), n_in, n_out in zip(layers, sizes[:-1], sizes[1:], strict=True):
         shapes |= {weight: (n_in, n_out), bias: (1, n_out)}
@@ -454,6 +468,8 @@ def _affine_shapes(layers: Sequence[tuple[str, str]], sizes: Sequence[int]) -> d
 
 
 def _zeros(shapes: Mapping[str, Shape], dtype: Any) -> Parameters:
+    if np.dtype(dtype).kind != "f":
+        raise TypeError(f"parameters must be of a floating-point type, got {np.dtype(dtype)}")
     return Parameters(np.zeros(sum(map(math.prod, shapes.values())), dtype), shapes)
 
 

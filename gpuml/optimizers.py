@@ -187,7 +187,11 @@ def get_optimizer(optimizer: str | Optimizer) -> Optimizer:
     ------
     ValueError
         If there is no optimizer of that name; the message gives the nearest one.
+    TypeError
+        If it is a class instead of an optimizer.
     """
+    if isinstance(optimizer, type):
+        raise TypeError(f"give an optimizer, not its class: {optimizer.__name__}()")
     if not isinstance(optimizer, str):
         return optimizer
     if optimizer not in OPTIMIZERS:

@@ -1,4 +1,4 @@
-"""Figures from plain tables."""
+"""Figures from plain tables. Each says on which device its numbers were measured."""
 
 from __future__ import annotations
 
@@ -6,10 +6,19 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
+import numpy as np
+
+# Colours that colour-blind readers can tell apart: Okabe, Ito: Color Universal Design, 2008.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+MARKERS = "osD^vPX"
+
+SECTOR = 32  # bytes: the least that a GPU fetches from its memory at once
+LINE = 128  # bytes: four sectors, a cache line
+
 LINES = {
-    "loss": {"label": "training", "color": "C0"},
-    "validation_loss": {"label": "held out", "color": "C1"},
-    "validation_accuracy": {"label": "held out", "color": "C1"},
+    "loss": {"label": "training", "color": COLORS[0]},
+    "validation_loss": {"label": "held out", "color": COLORS[1]},
+    "validation_accuracy": {"label": "held out", "color": COLORS[1]},
 }
 
 
@@ -105,3 +114,356 @@ def images(pictures: Any, titles: Sequence[str], n_columns: int = 10) -> Any:
         axis.imshow(picture, cmap="gray_r")
         axis.set_title(title, fontsize="medium")
     return figure
+
+
+def times(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    title: str,
+    axis: Any = None,
+) -> Any:
+    """Draw time against size, both on logarithmic scales.
+
+    Parameters
+    ----------
+    lines : mapping of str to (sizes, seconds)
+        A line for each label.
+    title : str
+        What was timed, and on which devices.
+    axis : matplotlib.axes.Axes, optional
+        Where to draw; a new figure unless given.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    axis = _axis(axis)
+    for i, (label, (sizes, seconds)) in enumerate(lines.items()):
+        axis.loglog(sizes, seconds, label=label, **_style(i))
+    axis.set_xlabel("size n")
+    axis.set_ylabel("time [s]")
+    return _finished(axis, title)
+
+
+def crossover(
+    sizes: Sequence[int],
+    columns: Mapping[str, Sequence[float | None]],
+    title: str,
+    axis: Any = None,
+) -> Any:
+    """Draw a map of how many times faster the GPU is: size by size, column by column.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        One for each row of the map.
+    columns : mapping of str to sequence of float or None
+        Time on the CPU over time on the GPU for each size; None where not measured.
+    title : str
+        What was timed, and on which devices.
+    axis : matplotlib.axes.Axes, optional
+        Where to draw; a new figure unless given.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    axis = _axis(axis, width=max(6.4, 1.6 + 1.3 * len(columns)), height=1.2 + 0.36 * len(sizes))
+    ratios = np.array([[np.nan if r is None else r for r in c] for c in columns.values()]).T
+    image = axis.imshow(np.log10(ratios), cmap="PuOr_r", vmin=-2, vmax=2, aspect="auto")
+    for (row, column), ratio in np.ndenumerate(ratios):
+        text = "–" if np.isnan(ratio) else f"{ratio:.2g}×" if ratio < 99.5 else f"{ratio:.0f}×"
+        dark = not np.isnan(ratio) and abs(np.log10(ratio)) > 1.3
+        axis.text(column, row, text, ha="center", va="center", color="white" if dark else "black")
+    axis.set_xticks(range(len(columns)), columns)
+    axis.set_yticks(range(len(sizes)), [f"{size:,}" for size in sizes])
+    axis.set_ylabel("size n")
+    bar = axis.figure.colorbar(image, ax=axis, ticks=[-2, -1, 0, 1, 2])
+    bar.ax.set_yticklabels(["0.01×", "0.1×", "equal", "10×", "100×"])
+    bar.set_label("GPU faster →")
+    axis.set_title(title, fontsize="medium")
+    return axis.figure
+
+
+def roofline(
+    ceilings: Mapping[str, float],
+    points: Mapping[str, tuple[float, float]],
+    title: str,
+    axis: Any = None,
+) -> Any:
+    """Draw the roofline: the most a device can compute at each arithmetic intensity.
+
+    Parameters
+    ----------
+    ceilings : mapping of str to float
+        ``copy`` in bytes per second, ``gemm_…`` in operations per second.
+    points : mapping of str to (float, float)
+        Operations per byte and operations per second of work that was measured.
+    title : str
+        The device.
+    axis : matplotlib.axes.Axes, optional
+        Where to draw; a new figure unless given.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    References
+    ----------
+    Williams, Waterman, Patterson: Roofline: an insightful visual performance model for multicore
+    architectures. Communications of the ACM 52(4), 2009.
+    """
+    axis = _axis(axis, width=7.2, height=4.2)
+    bandwidth = ceilings["copy"]
+    rates = {name: rate for name, rate in ceilings.items() if name.startswith("gemm_")}
+    left = min([0.05, *(x / 2 for x, _ in points.values())])
+    right = max([4 * max(rates.values()) / bandwidth, *(2 * x for x, _ in points.values())])
+    for i, (name, rate) in enumerate(rates.items()):
+        x = np.array([left, rate / bandwidth, right])
+        label = f"{name.removeprefix('gemm_')}: {rate / 1e12:.3g} TFLOP/s"
+        axis.loglog(x, np.minimum(rate, bandwidth * x), color=COLORS[i], label=label, zorder=1)
+    for i, (name, (intensity, rate)) in enumerate(points.items()):
+        axis.loglog(
+            intensity, rate, MARKERS[i % len(MARKERS)], color="black", markersize=7, label=name
+        )
+    below_corner = min(rates.values()) / bandwidth / 2
+    axis.annotate(
+        f"memory: {bandwidth / 1e9:,.0f} GB/s",
+        (below_corner, bandwidth * below_corner),
+        xytext=(8, -10),
+        textcoords="offset points",
+    )
+    axis.set_xlabel("arithmetic intensity [operations per byte]")
+    axis.set_ylabel("rate [operations per second]")
+    return _finished(axis, title, outside=True)
+
+
+def transfers(
+    sizes: Sequence[float], bandwidths: Mapping[str, Sequence[float]], title: str, axis: Any = None
+) -> Any:
+    """Draw the bandwidth of transfers against their size.
+
+    Parameters
+    ----------
+    sizes : sequence of float
+        Bytes.
+    bandwidths : mapping of str to sequence of float
+        Bytes per second for each size, a line for each label.
+    title : str
+        The device.
+    axis : matplotlib.axes.Axes, optional
+        Where to draw; a new figure unless given.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    axis = _axis(axis)
+    for i, (label, values) in enumerate(bandwidths.items()):
+        axis.loglog(sizes, np.asarray(values) / 1e9, label=label, **_style(i))
+    axis.set_xlabel("size [bytes]")
+    axis.set_ylabel("bandwidth [GB/s]")
+    return _finished(axis, title)
+
+
+def ladder(rates: Mapping[str, float], title: str, axis: Any = None) -> Any:
+    """Draw the rates of ever better versions of one computation as bars.
+
+    Parameters
+    ----------
+    rates : mapping of str to float
+        Operations per second, from the first version to the last.
+    title : str
+        What was computed, and on which device.
+    axis : matplotlib.axes.Axes, optional
+        Where to draw; a new figure unless given.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    axis = _axis(axis, width=7.2, height=0.9 + 0.42 * len(rates))
+    bars = axis.barh(list(rates), [rate / 1e12 for rate in rates.values()], color=COLORS[0])
+    axis.bar_label(bars, [f"{rate / 1e12:.3g}" for rate in rates.values()], padding=4)
+    axis.invert_yaxis()
+    axis.set_xscale("log")
+    axis.margins(x=0.12)
+    axis.set_xlabel("rate [TFLOP/s]")
+    axis.set_title(title, fontsize="medium")
+    return axis.figure
+
+
+def memory_access(
+    accesses: Mapping[str, Any], *, itemsize: int = 4, n_lines: int | None = None
+) -> Any:
+    """Draw which thread of a warp reads which address, and what is fetched for it.
+
+    Memory runs from left to right and then from top to bottom, like text: a row of the picture
+    is a line of 128 bytes. Each panel's title says how much of what is fetched is also read.
+
+    Parameters
+    ----------
+    accesses : mapping of str to array of int, shape (threads,)
+        A panel each: its title, and for each thread the element it reads, counted from 0.
+    itemsize : int
+        Bytes of an element.
+    n_lines : int, optional
+        How many lines to show; as many as the largest address needs, unless given.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    from matplotlib import colormaps, pyplot
+    from matplotlib.colors import ListedColormap
+    from matplotlib.patches import Patch
+
+    # Without its lightest fifth, which would look like the grey beside it in print.
+    dark = ListedColormap(colormaps["viridis"](np.linspace(0, 0.8, 256)))
+
+    panels = {title: np.asarray(elements) for title, elements in accesses.items()}
+    n_threads = max(len(elements) for elements in panels.values())
+    last_byte = max(int(elements.max() + 1) * itemsize for elements in panels.values())
+    lines = n_lines or -(-last_byte // LINE)
+    columns = LINE // itemsize
+    figure, grid = pyplot.subplots(
+        1, len(panels), figsize=(3.1 * len(panels), 4.0), layout="constrained", squeeze=False
+    )
+    for axis, (title, elements) in zip(grid[0], panels.items(), strict=True):
+        sectors = np.unique(elements * itemsize // SECTOR)
+        fetched = np.zeros(lines * LINE // SECTOR)
+        fetched[sectors] = 1
+        reader = np.full(lines * columns, np.nan)
+        reader[elements] = np.arange(len(elements))
+        bounds = (0, LINE, lines, 0)
+        axis.imshow(
+            fetched.reshape(lines, -1),
+            cmap=ListedColormap(["white", "0.86"]),
+            vmin=0,
+            vmax=1,
+            extent=bounds,
+            aspect="auto",
+        )
+        drawn = axis.imshow(
+            reader.reshape(lines, columns),
+            cmap=dark,
+            vmin=0,
+            vmax=n_threads - 1,
+            extent=bounds,
+            aspect="auto",
+            interpolation="nearest",
+        )
+        axis.set_xticks(range(0, LINE + 1, SECTOR))
+        axis.grid(axis="x", color="0.4", linewidth=0.6)
+        read = len(np.unique(elements)) * itemsize
+        share = 100 * read / (len(sectors) * SECTOR)
+        axis.set_title(
+            f"{title}\n{read} bytes read,\n{len(sectors) * SECTOR:,} fetched: {share:.4g} % used",
+            fontsize="medium",
+        )
+        axis.set_xlabel("byte in the line")
+    grid[0][0].set_ylabel(f"line of {LINE} bytes in memory")
+    figure.colorbar(drawn, ax=list(grid[0]), label="thread that reads it", pad=0.02)
+    figure.legend(
+        handles=[
+            Patch(facecolor="0.86", edgecolor="0.4", label="fetched, not read by this warp"),
+            Patch(facecolor="white", edgecolor="0.4", label="not fetched"),
+        ],
+        loc="outside lower center",
+        ncols=2,
+        fontsize="small",
+    )
+    return figure
+
+
+def tile_walk(shape: tuple[int, int, int], tile: int, block: tuple[int, int]) -> Any:
+    """Draw the tiles of A and B that a block visits to compute its tile of C = A B.
+
+    Parameters
+    ----------
+    shape : (int, int, int)
+        M, N and K: A is M × K, B is K × N, C is M × N.
+    tile : int
+        Rows and columns of a tile.
+    block : (int, int)
+        Which tile of C: its row and its column, counted in tiles from 0.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    from matplotlib import pyplot
+
+    m, n, k = shape
+    row, column = block[0] * tile, block[1] * tile
+    figure, grid = pyplot.subplots(
+        2,
+        2,
+        figsize=(6.2, 0.4 + 6.2 * (m + k) / (n + k)),
+        layout="constrained",
+        gridspec_kw={"width_ratios": [k, n], "height_ratios": [k, m]},
+    )
+    key, B, A, C = grid[0, 0], grid[0, 1], grid[1, 0], grid[1, 1]
+    for axis, title, height, width, down, right in (
+        (A, "A", m, k, "row", "k"),
+        (B, "B", k, n, "k", "column"),
+        (C, "C", m, n, "row", "column"),
+    ):
+        axis.set(xlim=(0, width), ylim=(height, 0), xlabel=right, ylabel=down)
+        axis.set_xticks(range(0, width + 1, tile))
+        axis.set_yticks(range(0, height + 1, tile))
+        axis.grid(color="0.75", linewidth=0.8)
+        axis.set_title(f"{title}: {height} × {width} elements", fontsize="medium")
+    for step, start in enumerate(range(0, k, tile)):
+        _tile(A, start, row, tile, COLORS[step % len(COLORS)], str(step + 1))
+        _tile(B, column, start, tile, COLORS[step % len(COLORS)], str(step + 1))
+    _tile(C, column, row, tile, "0.5", "Σ")
+    figure.suptitle("The tiles that one block visits")
+    key.set_axis_off()
+    key.text(
+        0.5,
+        0.5,
+        f"In step 1, 2, … the block\nbrings the tiles of A and B\nwith that number to shared\n"
+        f"memory and multiplies them.\n\nTiles of {tile} × {tile} elements",
+        ha="center",
+        va="center",
+        transform=key.transAxes,
+    )
+    return figure
+
+
+def _tile(axis: Any, left: int, top: int, size: int, color: str, text: str) -> None:
+    """Fill one tile and write on it; what sticks out of the matrix is cut off."""
+    from matplotlib.patches import Rectangle
+
+    axis.add_patch(Rectangle((left, top), size, size, facecolor=color, edgecolor="black"))
+    width, height = axis.get_xlim()[1], axis.get_ylim()[0]
+    axis.text(
+        (left + min(left + size, width)) / 2,
+        (top + min(top + size, height)) / 2,
+        text,
+        ha="center",
+        va="center",
+        bbox={"facecolor": "white", "edgecolor": "none", "boxstyle": "circle,pad=0.25"},
+    )
+
+
+def _axis(axis: Any, width: float = 6.4, height: float = 3.8) -> Any:
+    if axis is not None:
+        return axis
+    from matplotlib import pyplot
+
+    return pyplot.subplots(figsize=(width, height), layout="constrained")[1]
+
+
+def _style(i: int) -> dict[str, str]:
+    return {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
+
+
+def _finished(axis: Any, title: str, *, outside: bool = False) -> Any:
+    axis.grid(alpha=0.3)
+    if outside:
+        axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize="small")
+    else:
+        axis.legend(fontsize="small")
+    axis.set_title(title, fontsize="medium")
+    return axis.figure

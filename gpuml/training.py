@@ -136,7 +136,8 @@ class TrainingInterrupted(KeyboardInterrupt):
     """
 
     def __init__(self, history: History) -> None:
-        super().__init__(f"training stopped after {len(history)} finished epochs")
+        n = len(history)
+        super().__init__(f"training stopped after {n} finished epoch{'s' * (n != 1)}")
         self.history = history
 
 
@@ -209,10 +210,11 @@ def train(
     >>> len(history), history["loss"][-1] < history["loss"][0]
     (5, True)
     """
-    if n_epochs < 1 or n_epochs != int(n_epochs):
-        raise ValueError(f"n_epochs must be a positive integer, got {n_epochs}")
-    if batch_size is not None and (batch_size < 1 or batch_size != int(batch_size)):
-        raise ValueError(f"batch_size must be a positive integer or None, got {batch_size}")
+    n_epochs = _positive_integer("n_epochs", n_epochs)
+    if batch_size is not None:
+        batch_size = _positive_integer("batch_size", batch_size)
+    if validation_data is not None and len(validation_data) != 2:
+        raise ValueError("validation_data must be a pair: (X, y)")
     optimizer = get_optimizer(optimizer)
     device = model.device
     with device.use():
@@ -243,6 +245,8 @@ def train(
                         raise _NotFiniteError(n_steps, "a weight")
                     if validation_data is not None:
                         for name, value in _evaluate(model, *validation_data, loss).items():
+                            if not math.isfinite(value):
+                                raise _NotFiniteError(n_steps, f"the validation {name}")
                             row[f"validation_{name}"] = value
                     row["seconds"] = time.perf_counter() - start
                     history.append(row)
@@ -253,7 +257,11 @@ def train(
             if isinstance(error, KeyboardInterrupt):
                 raise TrainingInterrupted(history) from None
             if isinstance(error, _NotFiniteError):
-                raise DivergenceError(_explain(error, X, optimizer, history), history) from None
+                data = {"X": X, "y": y}
+                if validation_data is not None:
+                    data |= {"X of the validation data": validation_data[0]}
+                    data |= {"y of the validation data": validation_data[1]}
+                raise DivergenceError(_explain(error, data, optimizer, history), history) from None
             raise
     return history
 
@@ -276,7 +284,8 @@ def evaluate(
     Returns
     -------
     dict
-        ``loss``, and for labels ``accuracy``: the share of rows whose largest output is theirs.
+        ``loss``, and with cross entropy ``accuracy``: the share of rows whose largest output is
+        that of their label.
     """
     with model.device.use():
         loss = get_loss(loss or _usual_loss(y))
@@ -300,6 +309,8 @@ def predict(model: Model, X: Array) -> Array:
         Where `X` lives.
     """
     device, home = model.device, device_of(X)
+    if X.ndim != 2 or 0 in X.shape:
+        raise ValueError(f"X has shape {X.shape}, expected (n_samples, n_features), not empty")
     with blas_threads(_largest_product(model, min(len(X), EVALUATED_ROWS))):
         outputs = [
             home.asarray(model(device.asarray(X[start : start + EVALUATED_ROWS], model.dtype)))
@@ -371,16 +382,21 @@ def _refuse_non_finite(losses: Array) -> np.ndarray[Any, Any]:
     return values
 
 
-def _explain(error: _NotFiniteError, X: Array, optimizer: Optimizer, history: History) -> str:
+def _explain(
+    error: _NotFiniteError, data: Mapping[str, Array], optimizer: Optimizer, history: History
+) -> str:
     """Say where a number stopped being finite, why, and what to do."""
     where = f"epoch {len(history) + 1}, step {error.step}: {error.what} is not finite"
-    finite = array_module(X).isfinite(X)
-    if not bool(finite.all()):
-        row, column = divmod(int((~finite).argmax()), X.shape[1])
-        return f"{where}, since X[{row}, {column}] is not"
+    for name, array in data.items():
+        finite = array_module(array).isfinite(array)
+        if not bool(finite.all()):
+            row, column = divmod(int((~finite).argmax()), math.prod(array.shape[1:]))
+            return f"{where}, since row {row}, column {column} of {name} is not"
+    if error.what.startswith("the validation"):
+        where += " on data that the model has not seen; some may be far from the training data"
     rate = getattr(optimizer, "learning_rate", None)
     cure = f"try learning_rate={rate / 10:g} instead of {rate:g}" if rate else "lower its rate"
-    return f"{where}. The steps are too large: {cure}, or standardise the features"
+    return f"{where}. The steps may be too large: {cure}, or standardise the features"
 
 
 class _Good:
@@ -435,15 +451,25 @@ class _ProgressBar:
         self.done += self.n_steps
         if self.bar is None:
             return
-        shown = {name.replace("validation_", "val_"): row[name] for name in row}
-        del shown["epoch"], shown["seconds"]
-        self.bar.set_postfix({k: f"{v:.4f}" for k, v in shown.items()}, refresh=False)
+        # The most telling first: a narrow terminal cuts off the rest.
+        names = ["validation_accuracy", "validation_loss", "loss"]
+        shown = {n.replace("validation_", "val_"): row[n] for n in names if n in row}
+        self.bar.set_postfix({k: f"{v:.4g}" for k, v in shown.items()}, refresh=False)
         self.bar.set_description(f"epoch {row['epoch']:.0f}/{self.n_epochs}", refresh=False)
         self.bar.update(self.done - self.bar.n)
 
 
+def _positive_integer(name: str, value: Any) -> int:
+    """Return a whole number of any type as an int, or say that it is none."""
+    if isinstance(value, bool) or value < 1 or value != int(value):
+        raise ValueError(f"{name} must be a positive integer, got {value}")
+    return int(value)
+
+
 def _usual_loss(y: Array) -> str:
-    return "cross_entropy" if y.dtype.kind in "iu" else "mean_squared_error"
+    device_of(y)  # refuses what is no array
+    is_labels = y.dtype.kind in "iu" and y.ndim == 1
+    return "cross_entropy" if is_labels else "mean_squared_error"
 
 
 def _largest_product(model: Model, batch_size: int) -> float:
@@ -475,13 +501,17 @@ def _prepared(model: Model, X: Array, y: Array, loss: Loss) -> tuple[Array, Arra
         if y.min() < 0 or y.max() >= n_outputs:
             raise ValueError(
                 f"labels must be from 0 to {n_outputs - 1}, one for each of the model's outputs, "
-                f"got {int(y.min())} to {int(y.max())}"
+                f"got {int(y.min())} to {int(y.max())}; to predict whole numbers, "
+                'loss="mean_squared_error"'
             )
     if y.dtype.kind in "iu" and loss is not mean_squared_error:
-        return X, device.asarray(y)
+        return X, device.asarray(y, np.int64)
     y = device.asarray(y, model.dtype)
     if y.ndim == 1:
         y = y[:, None]
     if loss is mean_squared_error and y.shape != (len(X), n_outputs):
-        raise ValueError(f"y has shape {y.shape}, the model's outputs ({len(X)}, {n_outputs})")
+        raise ValueError(
+            f"y has shape {y.shape}, the model's outputs ({len(X)}, {n_outputs}); if y are "
+            "labels, make them integers: y.astype(int)"
+        )
     return X, y

@@ -4,12 +4,15 @@ import csv
 import io
 import json
 import os
+import pkgutil
 import re
 import select
 import signal
 import subprocess
 import sys
+import threading
 import time
+import types
 from pathlib import Path
 from typing import NamedTuple
 
@@ -164,7 +167,8 @@ def test_every_setting_arrives(works, monkeypatch):
     real = training.train
 
     def watched(model, X, y, **settings):
-        seen.update(settings, model=model, n_train=len(X), first=X[0].tolist())
+        weights = model.parameters.flat.copy()
+        seen.update(settings, model=model, n_train=len(X), first=X[0].tolist(), weights=weights)
         return real(model, X, y, **settings)
 
     monkeypatch.setattr(training, "train", watched)
@@ -176,6 +180,11 @@ def test_every_setting_arrives(works, monkeypatch):
     assert (seen["n_epochs"], seen["batch_size"], seen["seed"]) == (3, 7, 11)
     assert (seen["n_train"], seen["model"].sizes) == (30, (2, 6, 5, 1))
     assert seen["model"].device.kind == "cpu"
+    expected = gpuml.MLP([2, 6, 5, 1], seed=11, device="cpu").parameters.flat
+    assert np.array_equal(seen["weights"], expected)
+    assert len(set(seen["model"].preprocessing.scale)) == 2
+    works("train", "table.csv", *QUICK, "--same-unit")
+    assert len(set(seen["model"].preprocessing.scale)) == 1
     first_rows = set()
     for seed in 1, 2, 3:
         works("train", "table.csv", *QUICK, "--seed", seed)
@@ -197,7 +206,7 @@ def test_the_same_seed_gives_the_same_model_and_another_one_does_not(works):
 
 def test_a_batch_larger_than_the_data_is_used_whole_and_said(works):
     written(table(40))
-    assert "in batches of all 32 rows (1000 were asked for)" in works(
+    assert "in batches of all 32 rows (1,000 were asked for)" in works(
         "train", "table.csv", *QUICK, "--batch-size", "1000"
     )
     assert "in batches of 32 rows, adam" in works(
@@ -214,7 +223,7 @@ def test_what_is_to_be_learned_is_seen_or_told(works, refused):
     rows = "".join(f"{i},{i % 3}\n" for i in range(40))
     written("a,y\n" + rows)
     assert "3 classes" in works("train", "table.csv", *QUICK)
-    assert "1 features, regression" in works("train", "table.csv", *QUICK, "--task", "regression")
+    assert "1 feature, regression" in works("train", "table.csv", *QUICK, "--task", "regression")
     np.savez("two.npz", X=np.zeros((9, 2)), y=np.zeros((9, 2)))
     assert "several columns" in refused("train", "two.npz", "--task", "classification")
 
@@ -246,6 +255,18 @@ def test_a_loss_of_zero_is_drawn_quietly(works):
     written("a,y\n" + "".join(f"{i},1.5\n" for i in range(20)))
     settings = ("--task", "regression", "--hidden", "none", "--epochs", "2")
     assert "loss 0.0000" in works("train", "table.csv", *settings)
+
+
+def test_numbers_of_things_and_large_numbers_are_easy_to_read(works, call):
+    np.savez("data.npz", X=np.arange(6000.0)[:, None] % 7, y=np.arange(6000) / 3)
+    report = works("train", "data.npz", "--epochs", "1", "--batch-size", "9999", "--hidden", "none")
+    assert "6,000 rows, 1 feature, regression" in report
+    assert "1 epoch in batches of all 4,800 rows (9,999 were asked for)" in report
+    assert "held out  1,200 rows" in report
+    written("a,y\n" + "".join(f"{i},{i / 3}\n" for i in range(5)))
+    assert "held out  1 row: " in works("train", "table.csv", *QUICK, "--batch-size", "1")
+    assert cli._figure(999_999.5) == "999999.5000"
+    assert cli._figure(-1.25555572986e23) == "-1.256e+23"
 
 
 # Folders
@@ -350,6 +371,12 @@ def test_sizes_and_rates_out_of_range(refused, option, values):
         (["trian"], "unknown command 'trian': did you mean 'train'?"),
         (["train", "--epoch", "3"], "unknown argument --epoch: did you mean --epochs?"),
         (["train", "--epoch=3"], "unknown argument --epoch=3: did you mean --epochs?"),
+        (["train", "--lr", "1"], "unknown argument --lr: did you mean --learning-rate?"),
+        (["train", "--lr=1"], "unknown argument --lr=1: did you mean --learning-rate?"),
+        (["train", "--bs", "1"], "unknown argument --bs: did you mean --batch-size?"),
+        (["predict", "m", "d", "-o", "f"], "unknown argument -o: did you mean --output?"),
+        (["predict", "m", "d", "--lr", "1"], "unknown argument --lr (gpuml predict --help"),
+        (["train", "--verbose"], "unknown argument --verbose (gpuml train --help says more)"),
         (["predict", "m", "d", "--outptu", "f"], "--outptu: did you mean --output?"),
         (["doctor", "--jsn"], "unknown argument --jsn: did you mean --json?"),
         (["doctor", "now"], "unknown argument now"),
@@ -391,7 +418,20 @@ def test_wrong_calls_name_the_cure(refused, arguments, expected):
         ("a,y\n1,1\n2,1\n3,1\n4,1\n", "all 4 rows are of class 1"),
         ("a,y\n1,cat\n2,cat\n3,dog\n4,cat\n", "class dog has one row only"),
         ("a,y\n1,cat\n2,dog\n3,cow\n", "has one row only"),
-        (flowers(5), "class big has one row only"),
+        (
+            flowers(5),
+            "class big has one row only: at least two are needed, one to train on and "
+            "one to hold out\n",
+        ),
+        (
+            "a,y\n" + "".join(f"{i},{i % 9 // 8 - 1}\n" for i in range(10)),
+            "class 0 has one row only: at least two are needed, one to train on and one to "
+            "hold out; if these are numbers to predict: --task regression",
+        ),
+        (
+            "a,y\n1,$-0.02\n2,$3.5\n",
+            "one to hold out; if these are numbers to predict: '$-0.02' is not written as a number",
+        ),
         ("a,y\n1,2.5\n", "leaves none to train on"),
         ("a,y\n" + "".join(f"{i}e307,1.5\n{i},2.5\n" for i in range(9)), "too large"),
         ('"a\n2",y\n1,x\n2,x\n3,"x\ny"\n4,x\n', "class x y has one row only"),
@@ -424,8 +464,9 @@ def test_a_held_out_row_far_from_all_others(refused, works, call):
         return "data.npz"
 
     assert "is too far from the training data" in refused("train", data(1e100), *QUICK)
-    code, _, err = call("train", data(1e30), *QUICK)  # the loss overflows, the run does not fail
-    assert (code, err) == (0, "")
+    code, _, err = call("train", data(1e30), *QUICK)
+    assert code == 1
+    assert "the validation loss is not finite" in err
 
 
 def test_a_gpu_that_does_not_answer_comes_with_the_doctors_line(refused, monkeypatch):
@@ -437,9 +478,43 @@ def test_a_gpu_that_does_not_answer_comes_with_the_doctors_line(refused, monkeyp
         refused("train", "--device", "gpu:3"),
     ):
         assert "the driver sleeps" in message
-        assert "There is no driver.; type: sudo wake driver" in message
+        assert "the driver sleeps. There is no driver; type: sudo wake driver" in message
+    well = Diagnosis("ok-cpu", "All well on the CPU: this machine has no GPU.")
+    monkeypatch.setattr("gpuml.doctor.doctor", lambda: well)
+    assert refused("train", "--device", "gpu") == (
+        "gpuml: gpu does not answer: the driver sleeps. This machine has no GPU; "
+        "type: gpuml train --device cpu\n"
+    )
     monkeypatch.setenv("GPUML_DEVICE", "gpu")
     assert "the driver sleeps" in refused("train")
+
+
+@pytest.mark.parametrize("command", ["train", "predict", "bench"])
+@pytest.mark.parametrize("kind", ["RuntimeError", "ImportError", "class CompileException"])
+def test_a_gpu_without_libraries_fails_in_one_line(call, monkeypatch, command, kind):
+    name = kind.split()[-1]
+    text = f"{kind}(Exception): pass\n" * ("class" in kind)
+    text += f"def __getattr__(name): raise {name}('====\\nOriginal error:\\n  no libnvrtc')\n"
+    cupy = types.ModuleType("cupy")
+    exec(text + "class ndarray: pass\n", vars(cupy))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setattr("gpuml.devices._gpu_problem", lambda index: None)  # it answers
+    ill = Diagnosis("libraries-missing", "CuPy finds no libraries.", ("install them",))
+    monkeypatch.setattr("gpuml.doctor.doctor", lambda: ill)
+    gpuml.MLP([2, 3], device="cpu").save("m")
+    arguments = ["m", _saved("X.npy", np.ones((9, 2)))] if command == "predict" else []
+    assert call(command, *arguments) == (
+        1, "", "gpuml: the GPU failed: no libnvrtc. CuPy finds no libraries; type: install them\n"
+    )  # fmt: skip
+
+
+def test_a_bug_of_our_own_is_not_hidden(call, monkeypatch):
+    def wrong(*_, **__):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(training, "train", wrong)
+    with pytest.raises(RuntimeError, match="a bug"):
+        call("train", *QUICK)
 
 
 def test_gpuml_device_with_nonsense_in_it(refused, works, monkeypatch):
@@ -473,8 +548,9 @@ def test_alone_it_prints_its_help(call):
         assert re.search(rf"^ +{command} +\S", out, re.M)
 
 
-@pytest.mark.parametrize("command", ["train", "predict", "doctor"])
-def test_help_names_every_option_and_its_default(call, command):
+@pytest.mark.parametrize("command", ["train", "predict", "doctor", "bench"])
+def test_help_names_every_option_and_its_default(call, command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
     code, out, err = call(command, "--help")
     assert (code, err) == (0, "")
     assert "exit codes:" in out
@@ -487,7 +563,7 @@ def test_help_names_every_option_and_its_default(call, command):
         if option.default not in (None, False, "==SUPPRESS=="):
             shown = option.default[0] if isinstance(option.default, list) else option.default
             assert option.help.endswith(f"({shown})"), name
-    assert max(map(len, out.splitlines())) <= 100
+    assert max(map(len, out.splitlines())) <= 79
 
 
 def test_the_doctor(call, monkeypatch):
@@ -584,9 +660,8 @@ def test_columns_are_found_by_name_in_any_order(works, classifier):
     a, b = NEW.T
     expected = works("predict", classifier, columns(a=a, b=b))
     words = ["x", "", "y", "nan"]
-    for table_ in ({"b": b, "a": a}, {"kind": words, "b": b, "note": words, "a": a}):
+    for table_ in ({"b": b, "a": a}, {"": words, "b": b, "note": words, "a": a}):
         assert works("predict", classifier, columns(**table_)) == expected
-    assert works("predict", classifier, columns(u=a, v=b)) == expected
     assert works("predict", classifier, _saved("X.npy", NEW)) == expected
     np.savez("X.npz", X=NEW)
     assert works("predict", classifier, "X.npz") == expected
@@ -600,8 +675,11 @@ def test_tables_that_do_not_fit_the_model(refused, classifier):
     a, b = NEW.T
     for wrong in ({"a": a}, {"b": b, "c": a}, {"b": a, "A": b}):
         assert "lacks the column" in refused("predict", classifier, columns(**wrong))
-    assert "has 3 columns, the model was trained on 2" in refused(
-        "predict", classifier, columns(u=a, v=b, w=a)
+    assert "has columns B, A; the model was trained on a, b" in refused(
+        "predict", classifier, columns(B=b, A=a)
+    )
+    assert "has 3 columns, the model was trained on 2 features" in refused(
+        "predict", classifier, written("1,2,3\n", "new.csv")
     )
     assert "has 64 columns" in refused("predict", classifier, "digits")
     assert "row 2 (line 3), column 1 (a) is nan" in refused(
@@ -627,7 +705,14 @@ def test_names_of_classes_are_quoted_where_they_must_be(works):
     assert [line[0] for line in lines] == ["prediction", *names]
 
 
-def test_predictions_go_to_a_file_once(works, refused, classifier):
+def test_a_large_output_has_a_probability():
+    classes = gpuml.Preprocessing(np.zeros(1), np.ones(1), classes=("a", "b"))
+    outputs = np.array([[1000, 0], [-1000, -1000]], dtype=np.float32)
+    text = cli._predictions(outputs, classes.answers(outputs), classes)
+    assert text == "prediction,probability\na,1.000000\na,0.500000\n"
+
+
+def test_predictions_go_to_a_file_once(works, refused, call, classifier):
     columns(a=NEW[:, 0], b=NEW[:, 1])
     expected = works("predict", classifier, "new.csv")
     assert works("predict", classifier, "new.csv", "--output", "out.csv") == ""
@@ -639,9 +724,9 @@ def test_predictions_go_to_a_file_once(works, refused, classifier):
     works("predict", classifier, "new.csv", "--output", "out.csv", "--overwrite")
     assert Path("out.csv").read_text() == expected
     for place in "none/out.csv", "out.csv/out.csv", "run":
-        assert "cannot write" in refused(
-            "predict", classifier, "new.csv", "--output", place, "--overwrite"
-        )
+        code, out, err = call("predict", classifier, "new.csv", "--output", place, "--overwrite")
+        assert (code, out) == (1, "")
+        assert re.fullmatch("gpuml: cannot write .*\n", err)
 
 
 def test_a_model_without_preprocessing_gives_its_outputs(works, refused):
@@ -728,6 +813,68 @@ def test_ctrl_c_keeps_an_earlier_run_where_no_epoch_was_finished(call, works, mo
     assert tree() == before
 
 
+@pytest.fixture
+def interrupted(call, monkeypatch):
+    """Train over an earlier run, with a real Ctrl-C as soon as a function is called.
+
+    Returns the complaint, and of which run each of the results is.
+    """
+    written(table())
+
+    def run(function: str) -> tuple[str, list[str]]:
+        real = pkgutil.resolve_name(function)
+        arguments = ("train", "table.csv", *QUICK, "--output", "run", "--overwrite")
+        assert call(*arguments, "--seed", "1").code == 0
+        before = tree()
+
+        def stopped(*positional, **named):
+            signal.raise_signal(signal.SIGINT)
+            return real(*positional, **named)
+
+        monkeypatch.setattr(function, stopped)
+        code, out, err = call(*arguments)
+        assert (code, out) == (130, "")
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        after = tree()
+        names = [str(Path("run", name)) for name in cli.RESULTS]
+        run_of = {True: "old", False: "new"}
+        return err, [run_of[after[n] == before[n]] if n in after else "none" for n in names]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("function", "place", "results"),
+    [
+        ("gpuml.cli._save", ": nothing saved", ["old"] * 3),
+        (
+            "safetensors.numpy.save_file",
+            " after training: the model is saved in run; the picture is missing",
+            ["new", "new", "none"],
+        ),
+        (
+            "gpuml.plots.save_history",
+            " after training: the model is saved in run; the picture is missing",
+            ["new", "new", "none"],
+        ),
+        ("gpuml.cli._report", " after training: the model is saved in run", ["new"] * 3),
+    ],
+)
+def test_ctrl_c_never_mixes_two_runs_and_says_what_is_there(interrupted, function, place, results):
+    assert interrupted(function) == (f"gpuml: stopped by Ctrl-C{place}\n", results)
+
+
+def test_it_trains_in_a_thread(call):
+    """Where Ctrl-C never comes, and cannot be held back."""
+    written(table())
+    codes = []
+    arguments = ["train", "table.csv", *QUICK]
+    thread = threading.Thread(target=lambda: codes.append(cli.main(arguments)))
+    thread.start()
+    thread.join()
+    assert codes == [0]
+
+
 def test_a_loss_that_stops_being_finite_ends_the_run(call):
     written(table())
     code, out, err = call("train", "table.csv", "--optimizer", "gradient_descent",
@@ -789,6 +936,27 @@ def test_it_is_quiet_without_a_terminal_and_names_may_be_any_bytes(start):
     process = start("train", "\udcff", env=environment)
     assert process.communicate(timeout=60)[0] == b""
     assert process.returncode == 2
+
+
+@NO_SIGNALS
+@pytest.mark.parametrize("redirection", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams_are_no_error(redirection):
+    written(table())
+    command = f'"{sys.executable}" -m gpuml train table.csv --epochs 1 {redirection}'
+    result = subprocess.run(["sh", "-c", command], capture_output=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert Path("runs/001/history.png").exists()
+
+
+def test_a_table_on_standard_output_is_in_utf_8(start):
+    written("a,kind\n" + "".join(f"{i},{'中é'[i % 2]}\n" for i in range(20)))
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    assert cli.main(["train", "table.csv", *QUICK, "--output", "run"]) == 0
+    process = start("predict", "run", columns(a=range(20)), env=environment)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (0, b"")
+    assert set(re.findall(r"^([^,]),", out.decode(), re.M)) <= {"中", "é"}
+    assert b"\\" not in out
 
 
 class Terminal:
@@ -853,7 +1021,7 @@ def test_a_real_ctrl_c_in_the_middle_and_a_bar_that_fits_a_narrow_terminal(start
 
     n_epochs = int(re.search(r"the model of epoch (\d+) is kept", message)[1])
     assert n_epochs >= 10
-    assert f"{n_epochs} epochs in batches" in out.decode()
+    assert f"{n_epochs:,} epochs in batches" in out.decode()
     assert len(Path("runs/001/history.csv").read_text().splitlines()) == n_epochs + 1
     assert load_model("runs/001/model.safetensors", device="cpu").preprocessing is not None
 

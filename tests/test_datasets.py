@@ -167,6 +167,14 @@ def test_every_float_comes_back_as_it_was(rows, delimiter, header):
     assert np.array_equal(np.column_stack([data.X, data.y]), np.array(rows))
 
 
+@pytest.mark.parametrize("header", ["", "a,b,y\n"])
+def test_true_and_false_are_one_and_zero(header):
+    data = load_dataset(written(header + "True,false,3\nFALSE, TRUE ,4\n"))
+    assert data.X.tolist() == [[1, 0], [0, 1]]
+    assert data.y.tolist() == [3, 4]
+    assert data.feature_names == (("a", "b") if header else ())
+
+
 # CSV to predict for
 
 
@@ -177,9 +185,8 @@ def test_columns_are_found_by_name():
     assert (data.y, data.feature_names) == (None, ("a", "b"))
 
 
-@pytest.mark.parametrize("header", ["", "u,v\n"])
-@pytest.mark.parametrize("names", [(), ("a", "b")])
-def test_columns_without_those_names_are_taken_in_order(header, names):
+@pytest.mark.parametrize(("header", "names"), [("", ()), ("", ("a", "b")), ("u,v\n", ())])
+def test_columns_without_names_are_taken_in_order(header, names):
     text = header + "".join(f"{i},{i * i % 7}\n" for i in range(8))
     assert np.array_equal(load_dataset(written(text), feature_names=names).X, TABLE)
 
@@ -189,9 +196,17 @@ def test_a_table_that_has_some_of_the_names_is_refused():
     assert "lacks the column 'a'" in message
 
 
+def test_a_table_that_has_none_of_the_names_is_refused():
+    """In the order of the file the numbers would be wrong."""
+    message = fault(written("C,A B\n1,2\n"), feature_names=("a b", "c"))
+    assert "has columns C, A B; the model was trained on a b, c" in message
+    wide = written(",".join(f"c{i}" for i in range(64)) + "\n")
+    assert "c6, c7, … (64 in all); the model" in fault(wide, feature_names=("a", "b"))
+
+
 def test_rows_longer_than_the_header_are_refused_also_when_predicting():
     for row in "1,2,3\n", "1\n":
-        message = fault(written("u,v\n" + row * 3), feature_names=("a", "b"))
+        message = fault(written("a,b\n" + row * 3), feature_names=("a", "b"))
         assert f"row 1 (line 2) has {row.count(',') + 1} columns, expected 2" in message
 
 
@@ -225,7 +240,21 @@ def test_rows_longer_than_the_header_are_refused_also_when_predicting():
         ('"a\n2","b",y\n1,2,3\n1,x,3\n', "row 2 (line 4), column 2 (b): 'x' is not a number"),
         ("a,a,y\n1,2,3\n", "several columns named 'a'"),
         ("y,b,y\n1,2,3\n", "several columns named 'y'"),
-        (",b,y\n0,2,3\n", "row 1 (line 1), column 1 is empty"),  # as pandas writes an index
+        # an index, as pandas and R write it
+        (",b,y\n0,2,3\n", "column 1 has no name: leave it out, in pandas to_csv(index=False)"),
+        ('"","b","y"\n"1",2,x\n', "column 1 has no name: leave it out"),
+        ("a,,y\n1,2,3\n", "column 2 has no name: name it, or leave it out"),
+        ("a;b;\n1;2;\n", "column 3 has no name: if each line ends with a ';', remove that"),
+        ("1,2,\n3,4,\n", "column 3 is empty: remove the row, or fill in a number; if each line"),
+        ("1,,2\n3,4,5\n", "row 1 (line 1), column 2 is empty: remove the row, or fill in a"),
+        ("id,2020,price\n1,2,3\n", "a header with numbers for names ('id' stands over 1): rename"),
+        ("2019,2020,price\n1,2,3\n", "header with numbers for names ('price' stands over 3)"),
+        (table(3) + "1,Oslo,2\n", "'Oslo' is not a number: remove the column, or code it as num"),
+        (table(3) + "NA,1,2\n", "'NA' is not a number: remove the row, or fill in a number"),
+        (table(3) + "1,nan,2\n", "is nan, not finite: remove the row, or fill in a number"),
+        ("a;y\n0,1257;2\n", "column 1 (a): '0,1257' is not a number: write a decimal point"),
+        ("a,b,y\nTrue,1,2\n0.5,1,2\n", "row 2 (line 3), column 1 (a): '0.5' is neither true"),
+        ("a,b,y\n1,1,2\nTrue,1,2\n", "row 2 (line 3), column 1 (a): 'True' is not a number"),
         (table().encode("utf-16"), "is not a text file"),
         (table(header="é,b,y\n").encode("latin-1"), "is not a text file"),
         ((table(9000) + "1,é,2\n").encode("latin-1"), "is not a text file in UTF-8"),
@@ -409,6 +438,8 @@ def test_split_holds_out_the_stated_share_of_each_class_and_loses_no_row():
     [
         (["a"] * 10, 0.2, "all 10 rows are of class a"),
         (["a"] * 9 + ["b"], 0.2, "class b has one row only"),
+        ([1.0] * 9 + [-1.0], 0.2, "class -1 has one row only"),
+        (["a"] * 1000, 0.2, "all 1,000 rows are of class a"),
         (["a", "b", "c"], 0.5, "has one row only"),
         (["a", "b", "c", "d"] * 2, 0.2, "4 classes are too many to hold out 2 of 8 rows"),
         (["a", "b", "c", "d"] * 2, 0.8, "4 classes are too many to hold out 7 of 8 rows"),

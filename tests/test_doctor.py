@@ -13,7 +13,7 @@ import warnings
 import numpy as np
 import pytest
 
-from gpuml.doctor import Computation, Diagnosis, System, diagnose, doctor
+from gpuml.doctor import Computation, Diagnosis, System, doctor
 
 GIB = 2**30
 NVIDIA, AMD, INTEL = "0x10de", "0x1002", "0x8086"
@@ -112,7 +112,7 @@ for _name in vars(System):
 
 def check(case: str, *commands: str, says: tuple[str, ...] = (), **answers) -> Diagnosis:
     """Diagnose, and hold what every diagnosis promises."""
-    found = diagnose(Answers(**answers))
+    found = doctor(Answers(**answers))
     text = str(found)
     assert found.case == case
     assert found.commands == commands
@@ -129,7 +129,7 @@ def check(case: str, *commands: str, says: tuple[str, ...] = (), **answers) -> D
         "ok": found.ok,
         "summary": found.summary,
         "commands": list(found.commands),
-        "facts": dict(found.details),
+        "facts": dict(found.facts),
         "notes": list(found.notes),
     }
     return found
@@ -151,7 +151,7 @@ def amd(**answers) -> dict:
 
 def test_a_gpu_that_computes():
     found = check("ok-gpu", **nvidia((12, 10), distributions=CUDA_12, compute=computed()))
-    assert dict(found.details) == {
+    assert dict(found.facts) == {
         "GPU": "NVIDIA H100 80GB HBM3",
         "memory": "70.0 of 80.0 GiB free",
         "driver": "offers CUDA 12.10",
@@ -181,7 +181,7 @@ def test_amd_gpu_computes():
 
 def test_no_gpu_is_well():
     found = check("ok-cpu", says=("on the CPU",))
-    assert dict(found.details)["NumPy"] == "2.4.6"
+    assert dict(found.facts)["NumPy"] == "2.4.6"
     assert not found.notes
     check("ok-cpu", bus_vendors=set())
 
@@ -190,7 +190,7 @@ def test_no_gpu_is_well():
 @pytest.mark.parametrize("cupys", [CUDA_13, CONDA_CUPY])
 def test_cupy_without_a_gpu_is_well(error, cupys):
     found = check("ok-cpu", distributions=cupys, compute=failed(error), is_conda=True)
-    assert "error" not in dict(found.details)
+    assert "error" not in dict(found.facts)
 
 
 def test_mac():
@@ -348,7 +348,7 @@ def test_driver_too_old(driver):
     answers = nvidia(driver, distributions=CUDA_13, compute=failed(NO_DRIVER))
     found = check("driver-too-old", REMOVE_13, INSTALL_12, **answers, says=("update the driver",))
     assert "cupy-cuda13x" in found.summary
-    assert dict(found.details)["driver"] == f"offers CUDA 12.{driver[1]}"
+    assert dict(found.facts)["driver"] == f"offers CUDA 12.{driver[1]}"
 
 
 def test_driver_too_old_by_any_error():
@@ -432,7 +432,7 @@ def test_libraries_missing_shows_the_telling_line():
         'uv pip install "cupy-cuda12x[ctk]"',
         **nvidia(distributions=CUDA_12, compute=failed(NO_CUDART), has_pip=False),
     )
-    assert dict(found.details)["error"] == (
+    assert dict(found.facts)["error"] == (
         "ImportError: libcudart.so.12: cannot open shared object file: No such file or directory"
     )
 
@@ -498,7 +498,7 @@ def test_little_memory_on_amd():
 def test_cupy_broken():
     answers = nvidia(distributions=CUDA_13, compute=failed(GLIBCXX, None, None))
     found = check("cupy-broken", REMOVE_13, INSTALL_13, **answers)
-    assert dict(found.details)["error"] == GLIBCXX.splitlines()[0]
+    assert dict(found.facts)["error"] == GLIBCXX.splitlines()[0]
     answers["distributions"] = CUDA_12
     check("cupy-broken", "python -m pip uninstall -y cupy-cuda12x", INSTALL_12, **answers)
     answers["distributions"] = CONDA_CUPY
@@ -529,7 +529,7 @@ def test_hidden_gpu_is_the_users_wish(value):
     # the driver, too, sees no device then
     answers = nvidia(None, distributions=CUDA_13, compute=failed("CUDARuntimeError: NoDevice"))
     found = check("ok-cpu", **answers, env=env, says=says)
-    assert "driver" not in dict(found.details)
+    assert "driver" not in dict(found.facts)
     check("ok-cpu", **nvidia(None), env=env, says=says)
     says = ("Remove-Item Env:CUDA_VISIBLE_DEVICES",)
     check("ok-cpu", **nvidia(None, platform="win32"), env=env, says=says)
@@ -548,6 +548,32 @@ def test_forced_device_is_a_note():
     check("cupy-missing", INSTALL_13, **nvidia(), env=env, says=("GPUML_DEVICE=cpu is set",))
 
 
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [
+        ("gpu", "GPUML_DEVICE=gpu cannot be had: this machine has no GPU of NVIDIA or AMD."),
+        ("GPU:1", "GPUML_DEVICE=GPU:1 cannot be had: this machine"),
+        ("nonsense", "GPUML_DEVICE=nonsense is no device: expected auto, cpu, gpu, or gpu:1"),
+        ("gpu:", "GPUML_DEVICE=gpu: is no device"),
+    ],
+)
+def test_a_forced_device_that_cannot_be_had(device, says):
+    env = {"GPUML_DEVICE": device}
+    check("device-forced", "unset GPUML_DEVICE", env=env, says=(says,))
+    line = "Remove-Item Env:GPUML_DEVICE"
+    check("device-forced", line, env=env, says=(says, NVIDIA_PAGE), platform="win32")
+
+
+def test_a_forced_gpu_that_is_there_and_one_that_is_not():
+    answers = nvidia(distributions=CUDA_13, compute=computed(count=2))
+    for device in "gpu", "gpu:1", "GPU":
+        check("ok-gpu", **answers, env={"GPUML_DEVICE": device})
+    env = {"GPUML_DEVICE": "gpu:2"}
+    check("device-forced", "unset GPUML_DEVICE", **answers, env=env, says=("there are 2 GPUs",))
+    # what ails the GPU is more to the point
+    check("cupy-missing", INSTALL_13, **nvidia(), env={"GPUML_DEVICE": "gpu"})
+
+
 # --- the text
 
 
@@ -557,7 +583,7 @@ def test_text_is_at_most_80_wide():
     assert max(map(len, text.splitlines())) <= 80
 
 
-def test_diagnosis_without_details_is_its_summary():
+def test_diagnosis_without_facts_is_its_summary():
     assert str(Diagnosis("ok-cpu", "All well.")) == "All well."
 
 
@@ -815,7 +841,7 @@ def test_import_that_fails_and_warns(tmp_path, monkeypatch, capfd):
 
 def test_this_machine():
     found = doctor()
-    assert json.loads(found.to_json())["case"] == found.case == diagnose(System()).case
+    assert json.loads(found.to_json())["case"] == found.case == doctor(System()).case
     assert found.ok == (not found.commands)
     assert found.summary in str(found)
     assert bool(System().distributions()["numpy"])

@@ -94,3 +94,14 @@ def test_losses_have_names():
     assert get_loss(mean_squared_error) is mean_squared_error
     with pytest.raises(ValueError, match="did you mean 'cross_entropy'"):
         get_loss("crossentropy")
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.uint64])
+def test_labels_may_be_integers_of_any_type(device, rng, dtype):
+    logits, labels = rng.normal(size=(40_000, 10)), rng.integers(10, size=40_000)
+    expected, d_expected = softmax_cross_entropy(logits, labels)
+    value, gradient = softmax_cross_entropy(
+        device.asarray(logits), device.asarray(labels.astype(dtype))
+    )
+    np.testing.assert_allclose(gpuml.to_host(value), expected, rtol=1e-12)
+    np.testing.assert_allclose(gpuml.to_host(gradient), d_expected, atol=1e-16)

@@ -49,13 +49,19 @@ def saved(model=None, y=("b", "a", "c", "a")) -> Path:
 
 
 def parts(path: Path) -> tuple[dict[str, np.ndarray], dict]:
-    """What is in a file, read without gpuml."""
+    """What is in a file but its checksum, read without gpuml."""
     raw = path.read_bytes()
     header = json.loads(raw[8 : 8 + int.from_bytes(raw[:8], "little")])
-    return load_file(path), json.loads(header["__metadata__"]["gpuml"])
+    description = json.loads(header["__metadata__"]["gpuml"])
+    del description["sha256"]
+    return load_file(path), description
 
 
 def written(arrays, description) -> str:
+    """Write a file with the right checksum, as somebody would who means harm."""
+    if isinstance(description, dict):
+        plain = json.dumps(description, sort_keys=True)
+        description = {**description, "sha256": model_files.checksum(arrays, plain)}
     text = description if isinstance(description, str) else json.dumps(description)
     save_file(arrays, FILE, {"gpuml": text})
     return FILE
@@ -240,8 +246,22 @@ def test_a_file_truncated_at_any_length_is_refused():
     fault(_write(whole + b"\0"))
 
 
+@pytest.mark.parametrize("where", ["weight", "mean", "name"])
+def test_a_single_changed_bit_is_noticed(where):
+    raw = bytearray(saved().read_bytes())
+    arrays, _ = parts(Path(FILE))
+    place = {
+        "weight": lambda: raw.index(arrays["layers.1.weight"].tobytes()),
+        "mean": lambda: raw.index(arrays["preprocessing.mean"].tobytes()),
+        "name": lambda: raw.index(b'\\"u\\"') + 2,
+    }[where]()
+    raw[place] ^= 1
+    assert "its checksum does not fit" in fault(_write(bytes(raw)))
+
+
 def test_bytes_changed_at_random_are_refused_or_harmless():
     whole, rng = saved().read_bytes(), random.Random(5)
+    good, x = load_model(FILE, device="cpu"), np.ones((1, 3))
     for _ in range(500):
         damaged = bytearray(whole)
         for _ in range(rng.choice([1, 2, 8])):
@@ -249,8 +269,10 @@ def test_bytes_changed_at_random_are_refused_or_harmless():
         _write(bytes(damaged))
         with suppress(ModelFileError):
             model = load_model(FILE, device="cpu")
-            assert np.isfinite(model.parameters.flat).all()
-            assert model.preprocessing.features(np.ones((1, 3))).shape == (1, 3)
+            # a changed space of the header may pass, a changed number may not
+            np.testing.assert_array_equal(model.parameters.flat, good.parameters.flat)
+            features = model.preprocessing.features(x)
+            np.testing.assert_array_equal(features, good.preprocessing.features(x))
 
 
 def _write(raw: bytes) -> Path:

@@ -139,3 +139,38 @@ def test_both_devices_predict_the_same(device, rng):
     expected = model(x)
     there = model.to(device)(device.asarray(x))
     np.testing.assert_allclose(gpuml.to_host(there), expected, rtol=1e-4, atol=1e-5)
+
+
+class Shifted(gpuml.Model):
+    """A model of one's own: x + shift."""
+
+    def __init__(self, device):
+        flat = device.xp.zeros(3)
+        super().__init__(Parameters(flat, {"shift": (1, 3)}), [])
+
+    def forward(self, parameters, x):
+        def backward(d_predictions, gradients=None, *, input_gradient=False):
+            gradients = gradients or parameters.zeros_like()
+            gradients["shift"] = d_predictions.sum(axis=0, keepdims=True)
+            return gradients, d_predictions
+
+        return x + parameters["shift"], backward
+
+
+def test_a_model_of_ones_own_trains_but_is_not_saved(device, rng, tmp_path):
+    X = rng.normal(size=(50, 3))
+    model = Shifted(device)
+    gpuml.train(model, X, X + np.arange(1, 4), optimizer=gpuml.GradientDescent(1.0), n_epochs=30)
+    np.testing.assert_allclose(gpuml.to_host(model.parameters["shift"]), [[1, 2, 3]], rtol=1e-3)
+    assert repr(model) == "Shifted (3 parameters, float64)"
+    with pytest.raises(TypeError, match="Shifted is not one of Linear, MLP"):
+        model.save(tmp_path / "x.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def test_sizes_may_be_whole_numbers_of_any_type(device, tmp_path):
+    model = MLP([3, np.int64(4), 2.0], device=device)
+    model.save(tmp_path / "x.safetensors")
+    assert gpuml.load_model(tmp_path / "x.safetensors").sizes == (3, 4, 2)
+    with pytest.raises(TypeError, match="floating-point type, got int32"):
+        MLP([3, 2], dtype=np.int32)

@@ -46,3 +46,32 @@ def test_images_are_laid_out_in_rows():
     assert [axis.get_title() for axis in figure.axes] == [*"abcdefg", ""]
     assert len(figure.axes[6].images) == 1
     assert not figure.axes[7].images
+
+
+def test_memory_access_counts_what_is_fetched():
+    threads = np.arange(32)
+    figure = plots.memory_access({"near": threads, "far": 32 * threads, "same": 0 * threads})
+    titles = [axis.get_title() for axis in figure.axes[:3]]
+    assert "128 bytes read,\n128 fetched: 100 % used" in titles[0]
+    assert "128 bytes read,\n1,024 fetched: 12.5 % used" in titles[1]
+    assert "4 bytes read,\n32 fetched: 12.5 % used" in titles[2]
+
+
+def test_a_block_visits_the_tiles_of_its_row_and_column():
+    figure = plots.tile_walk((12, 16, 11), tile=4, block=(1, 2))
+    _, B, A, C = figure.axes
+    assert [patch.get_xy() for patch in A.patches] == [(0, 4), (4, 4), (8, 4)]
+    assert [patch.get_xy() for patch in B.patches] == [(8, 0), (8, 4), (8, 8)]
+    assert [patch.get_xy() for patch in C.patches] == [(8, 4)]
+
+
+def test_bars_and_lines_carry_their_units():
+    ladder = plots.ladder({"slow": 1e12, "fast": 3e12}, "a device")
+    assert ladder.axes[0].get_xlabel() == "rate [TFLOP/s]"
+    assert [patch.get_width() for patch in ladder.axes[0].patches] == [1, 3]
+    transfers = plots.transfers([1, 10], {"to": [1e9, 2e9]}, "a device")
+    assert transfers.axes[0].get_ylabel() == "bandwidth [GB/s]"
+    assert list(transfers.axes[0].lines[0].get_ydata()) == [1, 2]
+    times = plots.times({"cpu": ([1, 2], [0.5, 0.7])}, "a device")
+    assert times.axes[0].get_ylabel() == "time [s]"
+    assert {f.axes[0].get_title() for f in (ladder, transfers, times)} == {"a device"}

@@ -229,8 +229,31 @@ def test_weights_that_overflow_in_the_last_step_are_noticed(device, rng):
 def test_data_that_are_not_finite_are_named_as_the_cause(device, rng):
     X, y = small_problem(rng)
     X[17, 2] = np.nan
-    with pytest.raises(gpuml.DivergenceError, match=r"since X\[17, 2\] is not"):
+    with pytest.raises(gpuml.DivergenceError, match=r"since row 17, column 2 of X is not"):
         gpuml.train(MLP([4, 8, 2], device=device), X, y, batch_size=None)
+    targets = rng.normal(size=60)
+    targets[5] = np.inf
+    X[17, 2] = 0
+    with pytest.raises(gpuml.DivergenceError, match=r"since row 5, column 0 of y is not"):
+        gpuml.train(MLP([4, 8, 1], device=device), X, targets)
+    held_out = X.copy()
+    held_out[3, 1] = np.nan
+    message = r"epoch 1, step 1: the validation loss is not finite, since row 3, column 1 of X of"
+    with pytest.raises(gpuml.DivergenceError, match=message):
+        gpuml.train(
+            MLP([4, 8, 2], device=device), X, y, validation_data=(held_out, y), batch_size=None
+        )
+
+
+def test_a_validation_loss_that_overflows_is_no_success(device, rng):
+    X, y = small_problem(rng)
+    model = MLP([4, 8, 2], device=device)
+    before = gpuml.to_host(model.parameters.flat).copy()
+    with pytest.raises(gpuml.DivergenceError, match="the validation loss is not finite"):
+        gpuml.train(
+            model, X, y, optimizer=Adam(1e25), n_epochs=1, batch_size=None, validation_data=(X, y)
+        )
+    np.testing.assert_array_equal(gpuml.to_host(model.parameters.flat), before)
 
 
 def test_ctrl_c_leaves_the_last_finished_epoch(device, rng):
@@ -359,6 +382,8 @@ def test_blas_threads_are_one_during_small_training_and_restored(rng):
         ({"X": np.zeros(60)}, "expected \\(n_samples, n_features\\)"),
         ({"X": np.zeros((0, 4)), "y": np.zeros(0, int)}, "not empty"),
         ({"validation_data": (np.zeros((3, 4)), np.zeros(2, int))}, "X has 3 rows, y has 2"),
+        ({"validation_data": (np.zeros((3, 4)),)}, "must be a pair"),
+        ({"y": np.zeros(60, bool)}, r"integers: y\.astype\(int\)"),
     ],
 )
 def test_wrong_calls_are_explained(device, rng, change, message):
@@ -396,3 +421,36 @@ def test_a_history_prints_exports_and_plots_itself(device, rng, tmp_path):
     loss_lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
     assert loss_lines == {"training": history["loss"], "held out": history["validation_loss"]}
     assert str(device) in figure.get_supxlabel()
+
+
+def test_slips_of_the_hand_are_named(device, rng):
+    X, y = small_problem(rng)
+    model = MLP([4, 8, 2], device=device)
+    with pytest.raises(TypeError, match=r"not its class: Adam\(\)"):
+        gpuml.train(model, X, y, optimizer=Adam)
+    with pytest.raises(TypeError, match="got list"):
+        gpuml.train(model, X, list(y))
+    with pytest.raises(ValueError, match="not empty"):
+        gpuml.predict(model, X[:0])
+    assert len(gpuml.train(model, X, y, n_epochs=2.0, batch_size=30.0)) == 2
+    whole_numbers = Linear(4, 1, device=device)
+    with pytest.raises(ValueError, match='loss="mean_squared_error"'):
+        gpuml.train(whole_numbers, X, y)
+    gpuml.train(whole_numbers, X, y, loss="mean_squared_error")
+    gpuml.train(Linear(4, 2, device=device), X, rng.integers(9, size=(60, 2)))  # not labels
+
+
+def test_evaluation_limits_blas_threads_too(rng):
+    import threadpoolctl
+
+    X, y = small_problem(rng)
+    seen = set()
+
+    def watching(predictions, labels):
+        info = threadpoolctl.threadpool_info()
+        seen.update(pool["num_threads"] for pool in info if pool["user_api"] == "blas")
+        return softmax_cross_entropy(predictions, labels)
+
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        gpuml.evaluate(MLP([4, 8, 2], device="cpu"), X, y, loss=watching)
+    assert seen == {1}
