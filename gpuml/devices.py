@@ -266,7 +266,7 @@ def _gpu_problem(index: int) -> str | None:
             f"CuPy is installed, but says: {str(error).splitlines()[0] if str(error) else error!r}"
         )
     if index >= count:
-        return f"there are {count} GPUs, counted from 0"
+        return f"there is no GPU {index}: there are {count}, counted from 0"
     return None
 
 

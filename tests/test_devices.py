@@ -58,7 +58,9 @@ def test_an_unknown_name_is_refused(name, fake_cupy):
 
 
 def test_a_gpu_that_does_not_exist_is_refused(fake_cupy):
-    with pytest.raises(gpuml.DeviceError, match=r"gpu:2 does not answer: there are 2 GPUs.*doctor"):
+    with pytest.raises(
+        gpuml.DeviceError, match=r"gpu:2 does not answer: there is no GPU 2: there are 2.*doctor"
+    ):
         gpuml.get_device("gpu:2")
 
 
