@@ -385,7 +385,7 @@ def _with_forced_device(a: _Answers, found: Diagnosis) -> Diagnosis:
     if not known:
         reason = "is no device: expected auto, cpu, gpu, or gpu:1."
     elif found.ok and known[0].startswith("gpu") and int(known[1] or 0) >= n_gpus:
-        there_are = f"there are {n_gpus} (the first is gpu:0)." if n_gpus else found.reason
+        there_are = f"this machine has {n_gpus} in all, from gpu:0 on." if n_gpus else found.reason
         reason = f"cannot be had: {there_are}"
     else:
         note = f"GPUML_DEVICE={forced} is set: gpuml uses that device and does not choose one."
