@@ -269,7 +269,7 @@ def train(
 def evaluate(
     model: Model, X: Array, y: Array, *, loss: str | Loss | None = None
 ) -> dict[str, float]:
-    """Return a model's mean loss on data, and its accuracy if `y` are labels.
+    """Return a model's mean loss on data, and with cross entropy its accuracy.
 
     Parameters
     ----------

@@ -30,9 +30,8 @@ def measurement(seconds=2.0, **changes) -> Measurement:
 
 def test_a_function_of_known_length_is_measured_right():
     measured = benchmark(time.sleep, 0.02, device="cpu", time_budget=0.3)
-    assert 0.02 <= measured.low <= measured.seconds <= measured.high
-    assert measured.seconds < 0.03
-    assert 5 <= measured.n_repeats <= 16
+    assert 0.02 <= measured.low <= measured.seconds <= measured.high < 0.03
+    assert 10 <= measured.n_repeats <= 16
 
 
 def test_short_functions_are_not_drowned_by_the_clock():

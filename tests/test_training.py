@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import threadpoolctl
 from sklearn.linear_model import LinearRegression, LogisticRegression
 
 import gpuml
@@ -343,22 +344,22 @@ def test_numpy_does_not_warn_about_what_train_reports(device, rng, recwarn):
     assert not recwarn.list
 
 
-def test_blas_threads_are_one_during_small_training_and_restored(rng):
-    import threadpoolctl
+def blas_threads_now():
+    pools = threadpoolctl.threadpool_info()
+    return {pool["num_threads"] for pool in pools if pool["user_api"] == "blas"}
 
+
+def test_blas_threads_are_one_during_small_training_and_restored(rng):
     X, y = small_problem(rng)
     seen = set()
 
     def watching(predictions, labels):
-        info = threadpoolctl.threadpool_info()
-        seen.update(pool["num_threads"] for pool in info if pool["user_api"] == "blas")
+        seen.update(blas_threads_now())
         return softmax_cross_entropy(predictions, labels)
 
     with threadpoolctl.threadpool_limits(2, user_api="blas"):
         gpuml.train(MLP([4, 8, 2], device="cpu"), X, y, loss=watching, n_epochs=1)
-        after = {
-            p["num_threads"] for p in threadpoolctl.threadpool_info() if p["user_api"] == "blas"
-        }
+        after = blas_threads_now()
     assert seen == {1}
     assert after == {2}
     assert devices.SERIAL_PRODUCT > 2 * 64 * 4 * 8
@@ -441,14 +442,11 @@ def test_slips_of_the_hand_are_named(device, rng):
 
 
 def test_evaluation_limits_blas_threads_too(rng):
-    import threadpoolctl
-
     X, y = small_problem(rng)
     seen = set()
 
     def watching(predictions, labels):
-        info = threadpoolctl.threadpool_info()
-        seen.update(pool["num_threads"] for pool in info if pool["user_api"] == "blas")
+        seen.update(blas_threads_now())
         return softmax_cross_entropy(predictions, labels)
 
     with threadpoolctl.threadpool_limits(2, user_api="blas"):
