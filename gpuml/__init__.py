@@ -11,10 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gpuml import plots as plots
+    from gpuml.blocked import BlockReport, blocked_matmul, measure_rates, plan_for
+    from gpuml.blocking import BlockPlan, Rates
     from gpuml.datasets import Dataset, Preprocessing, load_dataset, split
     from gpuml.devices import Device, array_module, device_of, get_device, to_host
-    from gpuml.errors import DataError, DeviceError, GpumlError, ModelFileError
+    from gpuml.errors import (
+        DataError,
+        DeviceError,
+        DeviceMemoryError,
+        GpumlError,
+        ModelFileError,
+    )
     from gpuml.losses import mean_squared_error, softmax_cross_entropy
+    from gpuml.matmul import batched_matmul, split_matmul
     from gpuml.models import MLP, Linear, Model, Parameters, load_model
     from gpuml.optimizers import Adam, GradientDescent
     from gpuml.recordings import Recording, recorded
@@ -39,10 +48,13 @@ __version__ = "0.1.0"
 
 # Each name is loaded from its module at first use, so that `import gpuml` costs next to nothing.
 _MODULES = {
+    "blocked": ("BlockReport", "blocked_matmul", "measure_rates", "plan_for"),
+    "blocking": ("BlockPlan", "Rates"),
     "datasets": ("Dataset", "Preprocessing", "load_dataset", "split"),
     "devices": ("Device", "array_module", "device_of", "get_device", "to_host"),
-    "errors": ("DataError", "DeviceError", "GpumlError", "ModelFileError"),
+    "errors": ("DataError", "DeviceError", "DeviceMemoryError", "GpumlError", "ModelFileError"),
     "losses": ("mean_squared_error", "softmax_cross_entropy"),
+    "matmul": ("batched_matmul", "split_matmul"),
     "models": ("MLP", "Linear", "Model", "Parameters", "load_model"),
     "optimizers": ("Adam", "GradientDescent"),
     "plots": (),
@@ -69,12 +81,15 @@ _HOMES = {name: module for module, names in _MODULES.items() for name in names}
 __all__ = [
     "MLP",
     "Adam",
+    "BlockPlan",
+    "BlockReport",
     "Ceilings",
     "Comparison",
     "DataError",
     "Dataset",
     "Device",
     "DeviceError",
+    "DeviceMemoryError",
     "DivergenceError",
     "GpumlError",
     "GradientDescent",
@@ -85,10 +100,13 @@ __all__ = [
     "ModelFileError",
     "Parameters",
     "Preprocessing",
+    "Rates",
     "Recording",
     "TrainingInterrupted",
     "array_module",
+    "batched_matmul",
     "benchmark",
+    "blocked_matmul",
     "compare_devices",
     "device_ceilings",
     "device_of",
@@ -97,10 +115,13 @@ __all__ = [
     "load_dataset",
     "load_model",
     "mean_squared_error",
+    "measure_rates",
+    "plan_for",
     "predict",
     "recorded",
     "softmax_cross_entropy",
     "split",
+    "split_matmul",
     "to_host",
     "train",
 ]

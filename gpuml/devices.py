@@ -108,7 +108,7 @@ class Device:
         _, total = self.memory()
         parts = [self.name]
         if self.kind == "cpu":
-            parts.append(f"{_cpu_count()} cores")
+            parts.append(f"{cpu_count()} cores")
         if total is not None:
             parts.append(f"{total / 2**30:.0f} GiB")
         if self.kind == "cpu":
@@ -280,9 +280,10 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine() or "CPU"
 
 
-def _cpu_count() -> int:
+def cpu_count() -> int:
+    """Return how many processors this process may use."""
     if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))  # what this process may use, not what is there
+        return len(os.sched_getaffinity(0))  # not what is there
     return os.cpu_count() or 1
 
 

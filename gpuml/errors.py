@@ -14,6 +14,10 @@ class DeviceError(GpumlError, RuntimeError):
     """The device asked for does not exist or does not answer."""
 
 
+class DeviceMemoryError(GpumlError, MemoryError):
+    """The memory of a device does not suffice."""
+
+
 class DataError(GpumlError, ValueError):
     """Data from outside (a file, a table) cannot be used as it is."""
 

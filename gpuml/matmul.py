@@ -2,11 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import pairwise
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+
 from gpuml.devices import Array, array_module
+from gpuml.errors import unknown_name
+from gpuml.kernels import load_kernel
+
+Precision: TypeAlias = Literal["float32", "tf32", "bfloat16"]
+PRECISIONS = ("float32", "tf32", "bfloat16")
+
+# Up to this size matrices go to our own kernel, many at a time: the memory's bandwidth is the
+# limit there, and cuBLAS reaches 10 to 70 % of it (tests/benchmarks/batched.py).
+SMALL = 32
+FEWEST_SMALL = 256  # products; for fewer, compiling a kernel for their shape does not pay
+SMALL_THREADS = 128
+SHARED_BYTES = 48 * 1024  # what a block may have without asking
 
 
 def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
-    """Return the matrix product a @ b, over the last two axes.
+    """Return the matrix product a @ b, over the last two axes: the array library's own.
 
     Parameters
     ----------
@@ -27,3 +46,438 @@ def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
         If the arrays live on different devices.
     """
     return array_module(a, b).matmul(a, b, out=out)
+
+
+def batched_matmul(
+    a: Array, b: Array, *, out: Array | None = None, precision: Precision | None = None
+) -> Array:
+    """Multiply stacks of matrices in one launch: c[…] = a[…] b[…].
+
+    The leading axes broadcast as in NumPy. Transposed and strided views are multiplied as they
+    are where cuBLAS can, and copied where it cannot.
+
+    Parameters
+    ----------
+    a : array of shape (…, M, K)
+        Of NumPy or CuPy. Any type of number.
+    b : array of shape (…, K, N)
+        On the same device.
+    out : array of shape (…, M, N), optional
+        Where to write the result: of the result's type, and no part of `a` or `b`.
+    precision : {"float32", "tf32", "bfloat16"}, optional
+        How a GPU multiplies float32: exactly unless given, or on tensor cores with operands
+        rounded to 11 or 8 significant bits and sums in float32. A CPU multiplies exactly.
+
+    Returns
+    -------
+    array of shape (…, M, N)
+        Where `a` and `b` are; of the type that NumPy's promotion gives. float16 and bfloat16
+        are summed in float32 and rounded once. Integers wrap around on overflow, as in NumPy.
+
+    Raises
+    ------
+    TypeError
+        If the arrays live on different devices, or hold no numbers.
+    ValueError
+        If shapes do not fit (the message says which transposition would), if `out` cannot take
+        the result, or if `precision` is not for this type.
+
+    Notes
+    -----
+    On an NVIDIA GPU float32 and float64 matrices of up to 32 rows and columns go to a kernel of
+    our own from 256 products on. Its first launch for a shape compiles it (some 0.3 s, kept by
+    CuPy on disk).
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> a, b = np.ones((5, 1, 2, 3)), np.ones((7, 3, 4))
+    >>> batched_matmul(a, b).shape
+    (5, 7, 2, 4)
+    """
+    xp = array_module(a, b) if out is None else array_module(a, b, out)
+    shape = product_shape(a.shape, b.shape)
+    dtype = product_dtype(a, b)
+    compute = checked_precision(precision, dtype)
+    if out is None:
+        out = xp.empty(shape, dtype)
+    else:
+        check_out(out, shape, dtype)
+        if xp.may_share_memory(out, a) or xp.may_share_memory(out, b):
+            raise ValueError("out overlaps an operand: it would be overwritten while it is read")
+    if out.size == 0 or a.shape[-1] == 0:
+        out[...] = 0
+    elif xp is np:
+        _multiply_on_host(a, b, out)
+    elif xp.cuda.runtime.is_hip or dtype.kind in "biu":
+        xp.matmul(a.astype(dtype, copy=False), b.astype(dtype, copy=False), out=out)
+    else:
+        _multiply_on_gpu(a.astype(dtype, copy=False), b.astype(dtype, copy=False), out, compute)
+    return out
+
+
+def split_matmul(
+    a: Array, b: Array, n_parts: int, *, precision: Precision | None = None
+) -> Iterator[Array]:
+    """Multiply a by the columns of b, part by part: C1 = A B1, C2 = A B2 and so on.
+
+    Side by side the parts are the product. Each needs only its share of the memory.
+
+    Parameters
+    ----------
+    a : array of shape (M, K)
+    b : array of shape (K, N)
+        On the same device.
+    n_parts : int
+        From 1 to N. The first parts are a column wider where N does not divide.
+    precision : {"float32", "tf32", "bfloat16"}, optional
+        As in :func:`batched_matmul`.
+
+    Yields
+    ------
+    array of shape (M, about N / n_parts)
+
+    Raises
+    ------
+    ValueError
+        If the number of parts is not from 1 to N, or the shapes do not fit.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> a, b = np.eye(2), np.arange(6.0).reshape(2, 3)
+    >>> [part.tolist() for part in split_matmul(a, b, 2)]
+    [[[0.0, 1.0], [3.0, 4.0]], [[2.0], [5.0]]]
+    """
+    array_module(a, b)
+    product_shape(a.shape, b.shape)
+    n = b.shape[-1]
+    if not 1 <= n_parts <= n:
+        raise ValueError(f"n_parts must be from 1 to the {n} columns of b, got {n_parts}")
+    width, wider = divmod(n, n_parts)
+
+    def parts() -> Iterator[Array]:
+        stop = 0
+        for i in range(n_parts):
+            start, stop = stop, stop + width + (i < wider)
+            yield batched_matmul(a, b[..., start:stop], precision=precision)
+
+    return parts()
+
+
+def multiply_into(
+    a: Array, b: Array, out: Array, *, add: bool = False, precision: Precision | None = None
+) -> None:
+    """Write the product of two matrices to `out`, or add it: out += a b.
+
+    Parameters
+    ----------
+    a : array of shape (M, K)
+    b : array of shape (K, N)
+        Of the type of `a`.
+    out : array of shape (M, N)
+        Of the same type; or of float32, where `a` and `b` have 16 bits. No part of `a` or `b`.
+    add : bool
+        Whether to add to what `out` holds.
+    precision : {"float32", "tf32", "bfloat16"}, optional
+        As in :func:`batched_matmul`.
+    """
+    xp = array_module(a, b, out)
+    if out.size == 0 or a.shape[-1] == 0:
+        if not add:
+            out[...] = 0
+        return
+    if a.dtype.kind in "fcV" and xp is not np and not xp.cuda.runtime.is_hip:
+        _cublas(a, b, out, checked_precision(precision, out.dtype), scale=float(add))
+        return
+    if a.dtype != out.dtype:
+        a, b = a.astype(out.dtype), b.astype(out.dtype)
+    if not add:
+        xp.matmul(a, b, out=out)
+    elif out.dtype == bool:
+        xp.logical_or(out, xp.matmul(a, b), out=out)
+    else:
+        xp.add(out, xp.matmul(a, b), out=out)
+
+
+def product_shape(a: Sequence[int], b: Sequence[int]) -> tuple[int, ...]:
+    """Return the shape of a product, or say what would fit.
+
+    Raises
+    ------
+    ValueError
+        If there are fewer than two axes, or they do not fit.
+
+    Examples
+    --------
+    >>> product_shape((2, 3), (5, 3, 4))
+    (5, 2, 4)
+    """
+    a, b = tuple(a), tuple(b)
+    given = f"{a} @ {b}"
+    for name, shape in (("a", a), ("b", b)):
+        if len(shape) < 2:
+            raise ValueError(
+                f"{given}: {name} is no matrix; make it one, a column with {name}[:, None] or a "
+                f"row with {name}[None, :]"
+            )
+    try:
+        stack = np.broadcast_shapes(a[:-2], b[:-2])
+    except ValueError:
+        raise ValueError(
+            f"{given}: the stacks {a[:-2]} and {b[:-2]} do not broadcast; axes must be equal, or 1"
+        ) from None
+    if a[-1] != b[-2]:
+        raise ValueError(f"{given} do not fit: {a[-1]} columns meet {b[-2]} rows{_advice(a, b)}")
+    return (*stack, a[-2], b[-1])
+
+
+def _advice(a: tuple[int, ...], b: tuple[int, ...]) -> str:
+    """Say which transposition would make two shapes fit."""
+    turn = "{0}.T" if len(a) == len(b) == 2 else "{0}.swapaxes(-1, -2)"
+    turned = {"a": turn.format("a"), "b": turn.format("b")}
+    if a[-1] == b[-1]:
+        return f"; a @ {turned['b']} would"
+    if a[-2] == b[-2]:
+        return f"; {turned['a']} @ b would"
+    if a[-2] == b[-1]:
+        return f"; b @ a or {turned['a']} @ {turned['b']} would"
+    return "; no transposition would"
+
+
+def product_dtype(*arrays: Array) -> np.dtype[Any]:
+    """Return the type of a product of arrays, in the byte order of this machine.
+
+    Raises
+    ------
+    TypeError
+        If an array holds no numbers.
+    """
+    for array in arrays:
+        # "V" is how NumPy calls types that others made, such as bfloat16
+        if array.dtype.kind not in "biufcV" or array.dtype.names or array.dtype.type is np.void:
+            raise TypeError(f"cannot multiply arrays of {array.dtype}: give them a type of number")
+    return np.result_type(*(array.dtype for array in arrays)).newbyteorder("=")
+
+
+def checked_precision(precision: Precision | None, dtype: np.dtype[Any]) -> Precision | None:
+    """Return a precision, or say what is wrong with it.
+
+    Raises
+    ------
+    ValueError
+        If it is unknown, or the type is not float32 or complex64.
+    """
+    if precision is None:
+        return None
+    if precision not in PRECISIONS:
+        raise ValueError(unknown_name("precision", str(precision), PRECISIONS))
+    if dtype.char not in "fF":
+        raise ValueError(f"precision={precision!r} is for float32, and this product is {dtype}")
+    return precision
+
+
+def check_out(out: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
+    """Say why an array cannot take a result.
+
+    Raises
+    ------
+    ValueError
+        If its shape or type is wrong, or it is read-only or a broadcast view.
+    """
+    if out.shape != shape or out.dtype != dtype:
+        raise ValueError(
+            f"out must be {dtype} of shape {shape}, got {out.dtype} of shape {out.shape}"
+        )
+    if isinstance(out, np.ndarray) and not out.flags.writeable:
+        raise ValueError("out is read-only")
+    if any(n > 1 and step == 0 for n, step in zip(out.shape, out.strides, strict=True)):
+        raise ValueError("out repeats its elements in memory, so it cannot hold a result")
+
+
+def _as_one(a: Array, b: Array, out: Array) -> tuple[Array, Array, Array]:
+    """Make one tall product of many that share b, where nothing need be copied for it."""
+    if out.ndim > 2 and all(n == 1 for n in b.shape[:-2]):
+        flat, flat_out = _as_matrix(a), _as_matrix(out)
+        if flat is not None and flat_out is not None:
+            return flat, b.reshape(b.shape[-2:]), flat_out
+    return a, b, out
+
+
+def _multiply_on_host(a: Array, b: Array, out: Array) -> None:
+    a, b, out = _as_one(a, b, out)
+    if out.dtype.itemsize == 2 and out.dtype.kind in "fV":  # NumPy has no fast product for these
+        out[...] = np.matmul(a.astype(np.float32), b.astype(np.float32))
+    else:
+        np.matmul(a, b, out=out)
+
+
+def _multiply_on_gpu(a: Array, b: Array, out: Array, precision: Precision | None) -> None:
+    """Choose between one large product, our kernel for small ones, and cuBLAS for batches."""
+    a, b, out = _as_one(a, b, out)
+    if out.ndim == 2:
+        _cublas(a, b, out, precision)
+        return
+    xp, stack = array_module(a), out.shape[:-2]
+    # What cuBLAS cannot read is copied first, so that a shared matrix is copied once.
+    alone = [x if _layout(x) else xp.ascontiguousarray(x) for x in (a, b)]
+    a, b = (xp.broadcast_to(x, (*stack, *x.shape[-2:])) for x in alone)
+    small = max(*a.shape[-2:], b.shape[-1]) <= SMALL and out.size >= FEWEST_SMALL * _area(out)
+    if small and _multiply_small(a, b, out):
+        return
+    if None in (_step(a), _step(b)) and precision is None and out.flags.c_contiguous:
+        # By an array of pointers; of two-byte numbers only copies, since cuBLAS wants those
+        # matrices to begin at multiples of 16 bytes.
+        xp.matmul(*(alone if a.itemsize > 2 else (a, b)), out=out)
+        return
+    a, b = (x if _step(x) is not None else _contiguous(x) for x in (a, b))
+    _cublas(a, b, out, precision)
+
+
+def _contiguous(x: Array) -> Array:
+    xp = array_module(x)
+    if x.dtype.name == "bfloat16":  # CuPy 14.2 copies it only as something else
+        return xp.ascontiguousarray(x.view(np.uint16)).view(x.dtype)
+    return xp.ascontiguousarray(x)
+
+
+def _area(x: Array) -> int:
+    return int(x.shape[-2] * x.shape[-1])
+
+
+def _as_matrix(x: Array) -> Array | None:
+    """Return a stack of matrices as one tall matrix without copying, or None."""
+    rows = x.shape[:-1]
+    steps = [step for n, step in zip(rows, x.strides[:-1], strict=True) if n > 1]
+    lengths = [n for n in rows if n > 1]
+    even = all(steps[i] == steps[i + 1] * lengths[i + 1] for i in range(len(steps) - 1))
+    return x.reshape(-1, x.shape[-1]) if even else None
+
+
+def _step(x: Array) -> int | None:
+    """Return the elements from one matrix of a stack to the next, or None if that varies."""
+    axes = [(n, s) for n, s in zip(x.shape[:-2], x.strides[:-2], strict=True) if n > 1]
+    for (_, outer), (n, inner) in pairwise(axes):
+        if outer != inner * n:
+            return None
+    step = axes[-1][1] if axes else 0
+    return int(step) // x.itemsize if step >= 0 else None
+
+
+def _layout(x: Array) -> tuple[int, int] | None:
+    """Return whether matrices lie column by column, and the elements between columns (or rows).
+
+    None if neither rows nor columns are contiguous.
+    """
+    (rows, columns), (down, across) = x.shape[-2:], (s // x.itemsize for s in x.strides[-2:])
+    if (columns == 1 or across == 1) and (rows == 1 or down >= columns):
+        return 0, down if rows > 1 else columns
+    if (rows == 1 or down == 1) and (columns == 1 or across >= rows):
+        return 1, across if columns > 1 else rows
+    return None
+
+
+def _cublas(a: Array, b: Array, out: Array, precision: Precision | None, scale: float = 0) -> None:
+    """Compute out = a b + scale out by cuBLAS, for one product or an evenly spaced stack."""
+    import cupy
+    from cupy_backends.cuda.libs import cublas
+
+    a, b = (x if _layout(x) else _contiguous(x) for x in (a, b))
+    place = out
+    if _step(out) is None or (_layout(out) or (1, 0))[0]:
+        place = _contiguous(out)
+    code, compute, one = _cublas_types(a.dtype.name, precision)
+    sum_code, _, _ = _cublas_types(out.dtype.name, None)
+    factors = one, one * scale
+    (a_turned, a_row), (b_turned, b_row) = _layout(a), _layout(b)  # type: ignore[misc]
+    (_, out_row) = _layout(place)  # type: ignore[misc]
+    (m, k), n = a.shape[-2:], b.shape[-1]
+    # cuBLAS counts by columns. What lies by rows is for it the transposed matrix, and the
+    # transposed product is b' a'.
+    cublas.gemmStridedBatchedEx(
+        cupy.cuda.device.get_cublas_handle(), b_turned, a_turned, n, m, k, factors[0].ctypes.data,
+        b.data.ptr, code, b_row, _step(b), a.data.ptr, code, a_row, _step(a),
+        factors[1].ctypes.data, place.data.ptr, sum_code, out_row, _step(place),
+        out.size // (m * n), compute, cublas.CUBLAS_GEMM_DEFAULT,
+    )  # fmt: skip
+    if place is not out:
+        out[...] = place
+
+
+@cache
+def _cublas_types(dtype: str, precision: Precision | None) -> tuple[int, int, Any]:
+    """Return cuBLAS's codes of a type and of the way to sum, and a one of that sum's type."""
+    from cupy.cuda import runtime
+    from cupy_backends.cuda.libs import cublas
+
+    ways = {
+        None: cublas.CUBLAS_COMPUTE_32F,
+        "float32": cublas.CUBLAS_COMPUTE_32F,
+        "tf32": cublas.CUBLAS_COMPUTE_32F_FAST_TF32,
+        "bfloat16": cublas.CUBLAS_COMPUTE_32F_FAST_16BF,
+    }
+    single, double = ways[precision], cublas.CUBLAS_COMPUTE_64F
+    code, way, sums = {
+        "float16": (runtime.CUDA_R_16F, single, "f"),
+        "bfloat16": (runtime.CUDA_R_16BF, single, "f"),
+        "float32": (runtime.CUDA_R_32F, single, "f"),
+        "float64": (runtime.CUDA_R_64F, double, "d"),
+        "complex64": (runtime.CUDA_C_32F, single, "F"),
+        "complex128": (runtime.CUDA_C_64F, double, "D"),
+    }[dtype]
+    return code, way, np.ones(1, sums)
+
+
+def _multiply_small(a: Array, b: Array, out: Array) -> bool:
+    """Multiply many small matrices by our own kernel; return whether it can."""
+    names = {"float32": "float", "float64": "double"}
+    whole = _block(a), _block(b)
+    if out.dtype.name not in names or None in whole or not out.flags.c_contiguous:
+        return False
+    item = out.itemsize
+    if out.data.ptr % (4 * item):
+        return False
+    (rows, inner), columns = a.shape[-2:], b.shape[-1]
+    pad = 16 // item
+    product_bytes = item * (rows * inner + inner * columns + 2 * pad)
+    parts = -(-rows // 4) * -(-columns // 4)
+    products = min(SMALL_THREADS // parts, SHARED_BYTES // product_bytes)
+    sizes = {
+        "ELEMENT": names[out.dtype.name],
+        "ROWS": rows,
+        "COLUMNS": columns,
+        "INNER": inner,
+        "THREADS": SMALL_THREADS,
+        "PRODUCTS": products,
+        "A_TRANSPOSED": whole[0],
+        "B_TRANSPOSED": whole[1],
+        "A_VECTOR": _vector(a),
+        "B_VECTOR": _vector(b),
+    }
+    kernel = _small_kernel(tuple(f"-D{k}={v}" for k, v in sizes.items()))
+    n = out.size // (rows * columns)
+    steps = [np.int64(_step(x) or 0) for x in (a, b)]
+    kernel((-(-n // products),), (SMALL_THREADS,), (a, b, out, np.int64(n), *steps))
+    return True
+
+
+@cache
+def _small_kernel(options: tuple[str, ...]) -> Any:
+    # To read the source and ask for the GPU at each launch would take longer than the launch.
+    return load_kernel("matmul_small", options=options)
+
+
+def _block(x: Array) -> int | None:
+    """Return whether the matrices of a stack lie column by column, if each is without gaps."""
+    layout = _layout(x)
+    if layout is None or _step(x) is None:
+        return None
+    turned, row = layout
+    return turned if row == x.shape[-2 if turned else -1] else None
+
+
+def _vector(x: Array) -> int:
+    """Return how many elements one load of 16 bytes may fetch, if alignment allows it, or 1."""
+    width = 16 // int(x.itemsize)
+    fits = x.data.ptr % 16 == 0 and _area(x) % width == 0 and (_step(x) or 0) % width == 0
+    return width if fits else 1

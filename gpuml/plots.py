@@ -292,6 +292,67 @@ def ladder(rates: Mapping[str, float], title: str, axis: Any = None) -> Any:
     return axis.figure
 
 
+def time_line(spans: Mapping[str, Any], title: str, axis: Any = None) -> Any:
+    """Draw when each kind of work was under way: a row each, from left to right in time.
+
+    Parameters
+    ----------
+    spans : mapping of str to array of shape (n, 2)
+        Begin and end of each piece of work in seconds, by kind, from top to bottom.
+    title : str
+        What was done, and on which device.
+    axis : matplotlib.axes.Axes, optional
+        Where to draw; a new figure unless given.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    axis = _axis(axis, width=8.0, height=1.3 + 0.42 * len(spans))
+    scale, unit = (1e3, "ms") if max(float(np.max(s)) for s in spans.values()) < 1 else (1, "s")
+    for row, pieces in enumerate(spans.values()):
+        begins, ends = np.asarray(pieces, float).T * scale
+        bars = list(zip(begins, ends - begins, strict=True))
+        color = COLORS[row % len(COLORS)]
+        axis.broken_barh(bars, (row - 0.35, 0.7), color=color, edgecolor="white", linewidth=0.3)
+    axis.set_yticks(range(len(spans)), list(spans))
+    axis.invert_yaxis()
+    axis.set_xlim(left=0)
+    axis.set_xlabel(f"time [{unit}]")
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_title(title, fontsize="medium")
+    return axis.figure
+
+
+def predictions(
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, axis: Any = None
+) -> Any:
+    """Draw measured against predicted times; on the diagonal the prediction was right.
+
+    Parameters
+    ----------
+    points : mapping of str to (predicted, measured)
+        In seconds; a marker for each label.
+    title : str
+        What was timed, and on which device.
+    axis : matplotlib.axes.Axes, optional
+        Where to draw; a new figure unless given.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    axis = _axis(axis, width=5.2, height=4.2)
+    every = [t for predicted, measured in points.values() for t in (*predicted, *measured)]
+    ends = [min(every) / 1.5, max(every) * 1.5]
+    axis.loglog(ends, ends, color="gray", linewidth=1, label="measured = predicted")
+    for i, (label, (predicted, measured)) in enumerate(points.items()):
+        axis.loglog(predicted, measured, linestyle="", label=label, **_style(i))
+    axis.set_xlabel("predicted time [s]")
+    axis.set_ylabel("measured time [s]")
+    return _finished(axis, title)
+
+
 def memory_access(
     accesses: Mapping[str, Any], *, itemsize: int = 4, n_lines: int | None = None
 ) -> Any:

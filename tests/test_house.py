@@ -23,14 +23,15 @@ NOTEBOOKS = sorted(
 )
 
 FLOORS = [
-    {"errors", "devices", "kernels"},
-    {"matmul", "losses", "datasets", "model_files", "plots", "timing"},
-    {"models", "optimizers", "batches"},
+    {"errors", "devices", "kernels", "memory_maps", "blocking"},
+    {"matmul", "losses", "datasets", "model_files", "plots", "timing", "staging", "journal"},
+    {"models", "optimizers", "batches", "blocked"},
     {"training"},
     {"doctor", "recordings", "cli", "__main__"},
 ]
 # On one floor, a module may use those to its left.
 NEIGHBOURS = [("errors", "devices"), ("devices", "kernels"), ("errors", "kernels")]
+NEIGHBOURS += [("errors", "memory_maps")]
 NEIGHBOURS += [("model_files", "timing"), ("plots", "timing"), ("models", "optimizers")]
 NEIGHBOURS += [("doctor", "cli"), ("recordings", "cli"), ("cli", "__main__")]
 HEAVY = {"cupy", "cupyx", "matplotlib", "mpi4py", "numba"} | {

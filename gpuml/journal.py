@@ -1,0 +1,162 @@
+"""A record, beside a memory-mapped result, of which parts of it are finished."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from gpuml.devices import cpu_count
+from gpuml.errors import DataError
+from gpuml.memory_maps import chunks, drop_pages, write_back
+
+MOST_THREADS = 16  # a few MiB of the file are in memory for each
+WORDS = 1024  # in a row, when the words of a block are summed
+
+Tile = tuple[int, int, int, int]  # first and last row, first and last column
+
+
+class Journal:
+    """Which tiles of a memory-mapped array are finished and on the disk.
+
+    A line is written only after the tile itself is on the disk. Each line has the fingerprint
+    of its tile, so that a tile that was changed, or an array that was made anew, is noticed.
+
+    Parameters
+    ----------
+    path : Path
+        The file of the journal.
+    out : numpy.memmap
+    facts : dict
+        What the result depends on; must be the same when the work is taken up again.
+    resume : bool
+        Whether to go on from what the file records. Otherwise it is begun anew.
+
+    Attributes
+    ----------
+    finished : list of Tile
+        What need not be computed again.
+
+    Raises
+    ------
+    DataError
+        If the file is about other operands; the message names the difference.
+    """
+
+    def __init__(self, path: Path, out: Any, facts: dict[str, Any], *, resume: bool) -> None:
+        self.path, self._out = path, out
+        there: list[tuple[Tile, str]] = []
+        if resume and path.exists():
+            there = [(tile, mark) for tile, mark in self._read(facts) if self._mark(tile) == mark]
+        self.finished = [tile for tile, _ in there]
+        # In one move: whenever we are stopped, there is the old record or the whole new one.
+        anew = path.with_name(path.name + ".new")
+        with anew.open("w", encoding="utf-8") as file:
+            file.write(_line(facts))
+            file.writelines(_line([*tile, mark]) for tile, mark in there)
+            file.flush()
+            os.fsync(file.fileno())
+        anew.replace(path)
+
+    def add(self, tile: Tile) -> None:
+        """Wait until a tile is on the disk, then note it."""
+        mark = self._mark(tile)
+        write_back(self._view(tile))
+        self._append(tile, mark)
+        drop_pages(self._view(tile))
+
+    def remove(self) -> None:
+        """Delete the file: all is finished."""
+        self.path.unlink(missing_ok=True)
+
+    def _view(self, tile: Tile) -> Any:
+        return self._out[tile[0] : tile[1], tile[2] : tile[3]]
+
+    def _mark(self, tile: Tile) -> str:
+        return fingerprint(self._view(tile), n_threads=1)
+
+    def _append(self, tile: Tile, mark: str) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(_line([*tile, mark]))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _read(self, facts: dict[str, Any]) -> Iterator[tuple[Tile, str]]:
+        cure = f"to begin anew, call without resume=True or delete {self.path}"
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+        before = _parsed(lines[0]) if lines else None
+        if not isinstance(before, dict):
+            raise DataError(f"{self.path} is not a record of a product; {cure}")
+        for name in facts | before:
+            if facts.get(name) != before.get(name):
+                raise DataError(
+                    f"cannot resume: {name} was {before.get(name)} and is {facts.get(name)}; {cure}"
+                )
+        for line in lines[1:]:
+            match _parsed(line):
+                case [int(top), int(bottom), int(left), int(right), str(mark)]:
+                    yield (top, bottom, left, right), mark
+                case _:
+                    return  # cut off while it was written: this tile and later ones are not done
+
+
+def _line(content: Any) -> str:
+    return json.dumps(content) + "\n"
+
+
+def _parsed(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
+
+
+def fingerprint(array: Any, n_threads: int | None = None) -> str:
+    """Return a short text that changes, in all likelihood, if any element of an array does.
+
+    Reads the array once. Sums of its 64-bit words, block by block, are hashed: that finds
+    damage and mix-ups, not forgery.
+
+    Parameters
+    ----------
+    array : numpy.ndarray of shape (m, n)
+        A memory map too; its pages are given back.
+    n_threads : int, optional
+        As many as there are processors unless given.
+
+    Returns
+    -------
+    str
+        Shape, type and 16 hexadecimal digits.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> fingerprint(np.eye(2)) == fingerprint(np.eye(2))
+    True
+    >>> fingerprint(np.eye(2)) == fingerprint(np.ones((2, 2)))
+    False
+    """
+    lines = array.T if abs(array.strides[0]) < abs(array.strides[1]) else array
+    digest = hashlib.sha256()
+    with ThreadPoolExecutor(n_threads or min(cpu_count(), MOST_THREADS)) as pool:
+        for sums in pool.map(_sums, (lines[part] for part in chunks(lines))):
+            digest.update(sums)
+    return f"{array.shape[0]}x{array.shape[1]} {array.dtype.str} {digest.hexdigest()[:16]}"
+
+
+def _sums(block: Any) -> bytes:
+    data = np.ascontiguousarray(block).reshape(-1).view(np.uint8)
+    whole = data.size // (8 * WORDS) * 8 * WORDS
+    words = data[:whole].view(np.uint64).reshape(-1, WORDS)
+    # along both axes, so that two exchanged words change a sum wherever they are
+    sums = [words.sum(axis=axis, dtype=np.uint64).tobytes() for axis in (0, 1)]
+    rest = data[whole:].tobytes()
+    drop_pages(block)
+    return b"".join([*sums, rest])

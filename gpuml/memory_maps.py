@@ -1,0 +1,164 @@
+"""Arrays that are files: how long the file is, which pages are in memory, what was written."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.lib.array_utils import byte_bounds
+
+from gpuml.errors import DataError
+
+# When a byte of a mapped file is read, Linux maps the 64 KiB about it, if it has them in memory.
+WINDOW_BYTES = 64 * 2**10
+CHUNK_BYTES = 4 * 2**20  # of a file are in memory while it is copied
+
+
+@dataclass(frozen=True)
+class MappedFile:
+    """The part of a mapped file that an array shows.
+
+    Attributes
+    ----------
+    map : mmap.mmap
+    owner : numpy.memmap
+        The array that the file was mapped for; the array in question is it, or a view of it.
+    first, last : int
+        The array's bytes, counted from the beginning of the map.
+    """
+
+    map: mmap.mmap
+    owner: np.memmap[Any, Any]
+    first: int
+    last: int
+
+    @property
+    def begin(self) -> int:
+        """Where the map begins in the file, in bytes."""
+        return int(self.owner.offset - self.owner.offset % mmap.ALLOCATIONGRANULARITY)
+
+    @property
+    def shared(self) -> bool:
+        """Whether the file holds what the array shows; not so if changes stay in memory."""
+        return bool(self.owner.mode != "c")
+
+    def whole_pages(self) -> tuple[int, int]:
+        """Return offset and length, in the map, of the pages that hold the array."""
+        first = self.first - self.first % mmap.PAGESIZE
+        return first, self.last - first
+
+
+def mapped_file(array: Any) -> MappedFile | None:
+    """Return which part of which file an array shows, or None if it is in plain memory.
+
+    Parameters
+    ----------
+    array : numpy.ndarray
+        A memory map (:class:`numpy.memmap`) or a view of one.
+
+    Returns
+    -------
+    MappedFile or None
+    """
+    owner, base = None, array
+    while base is not None and not isinstance(base, mmap.mmap):
+        if isinstance(base, np.memmap) and base.filename is not None:
+            owner = base
+        base = getattr(base, "base", None)
+    if owner is None or base is None or array.size == 0:
+        return None
+    zero = np.frombuffer(base, np.uint8).ctypes.data
+    low, high = byte_bounds(array)
+    return MappedFile(base, owner, low - zero, high - zero)
+
+
+def check_length(array: Any, name: str) -> None:
+    """Make sure that a memory map's file is as long as the array: reading past it would kill us.
+
+    Raises
+    ------
+    DataError
+        If the file is shorter.
+    """
+    part = mapped_file(array)
+    if part is not None and part.map.size() < part.begin + part.last:
+        raise DataError(
+            f"the file of {name}, {part.owner.filename}, has {part.map.size()} bytes, but the "
+            f"array needs {part.begin + part.last}: it was cut off"
+        )
+
+
+def drop_pages(array: Any) -> None:
+    """Take the pages of an array out of this process's memory; the file keeps what they hold."""
+    part = mapped_file(array)
+    if part is not None and part.shared and hasattr(mmap, "MADV_DONTNEED"):
+        part.map.madvise(mmap.MADV_DONTNEED, *part.whole_pages())
+
+
+def chunks(array: Any) -> Iterator[slice]:
+    """Yield parts of the first axis of a matrix that bring some 4 MiB of its file into memory."""
+    row_bytes = array.shape[1] * array.itemsize
+    touched = min(abs(array.strides[0]), row_bytes + WINDOW_BYTES)
+    rows = max(1, CHUNK_BYTES // max(1, touched))
+    return (slice(i, i + rows) for i in range(0, len(array), rows))
+
+
+def in_memory(array: Any, dtype: Any) -> Any:
+    """Return a matrix in plain memory: itself, or a copy for which few pages are mapped at once.
+
+    Parameters
+    ----------
+    array : numpy.ndarray of shape (m, n)
+    dtype : dtype
+        Of the result.
+
+    Returns
+    -------
+    numpy.ndarray of shape (m, n)
+    """
+    part = mapped_file(array)
+    if part is None or not part.shared:
+        return np.asarray(array, dtype)
+    if abs(array.strides[0]) < abs(array.strides[1]):
+        return in_memory(array.T, dtype).T
+    copy = np.empty(array.shape, dtype)
+    for rows in chunks(array):
+        np.copyto(copy[rows], array[rows], casting="unsafe")
+        drop_pages(array[rows])
+    return copy
+
+
+def read_ahead(array: Any) -> None:
+    """Ask the system to read the file of an array before it is needed."""
+    part = mapped_file(array)
+    if part is not None and hasattr(mmap, "MADV_WILLNEED"):
+        part.map.madvise(mmap.MADV_WILLNEED, *part.whole_pages())
+
+
+def write_back(array: Any) -> None:
+    """Wait until what was written to an array is in its file, on the disk."""
+    part = mapped_file(array)
+    if part is not None and part.shared:
+        part.map.flush(*part.whole_pages())
+
+
+def overlap(a: Any, b: Any) -> bool:
+    """Return whether two host arrays may share memory, or bytes of one file."""
+    if np.may_share_memory(a, b):
+        return True
+    x, y = mapped_file(a), mapped_file(b)
+    if x is None or y is None or not _same_file(x, y):
+        return False
+    return x.begin + x.first < y.begin + y.last and y.begin + y.first < x.begin + x.last
+
+
+def _same_file(x: MappedFile, y: MappedFile) -> bool:
+    names = str(x.owner.filename), str(y.owner.filename)
+    try:
+        return os.path.samefile(*names)
+    except OSError:  # one was deleted, or moved, after it was mapped
+        return names[0] == names[1]
