@@ -67,11 +67,10 @@ def test_a_broken_source_is_refused():
 def test_every_source_says_what_it_does_and_how_it_is_launched():
     assert set(kernels.names()) >= {"vector_add", "matmul_naive", "matmul_tiled"}
     for name in kernels.names():
-        head, _, function = kernels.source(name).partition('extern "C"')
+        head = kernels.source(name).partition('extern "C"')[0]
         assert head.startswith("// "), name
         assert "// Launch:" in head, name
-        assert "__global__ void" in function, name
-        assert f" {name}(" in function, name
+        assert f"void {name}(" in kernels.source(name)
 
 
 def test_an_unknown_source_is_named_with_the_nearest():

@@ -35,7 +35,8 @@ struct alignas(WIDTH * sizeof(Element)) Vector {
 
 // Copy `count` matrices of SIZE elements each from global to shared memory.
 template <int SIZE, int WIDTH>
-__device__ void fetch(const Element* from, long long step, int count, Element* to) {
+__device__ void fetch(const Element* from, long long step, int count, Element* to)
+{
     constexpr int EACH = SIZE / WIDTH;  // loads for one matrix
 #pragma unroll 4
     for (int i = threadIdx.x; i < count * EACH; i += THREADS) {
@@ -45,9 +46,10 @@ __device__ void fetch(const Element* from, long long step, int count, Element* t
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS)
-    matmul_small(const Element* a, const Element* b, Element* c, long long n, long long a_step,
-                 long long b_step) {
+extern "C" __global__ __launch_bounds__(THREADS)
+void matmul_small(const Element* a, const Element* b, Element* c, long long n, long long a_step,
+                  long long b_step)
+{
     __shared__ alignas(16) Element a_here[PRODUCTS * (ROWS * INNER + PAD)];
     __shared__ alignas(16) Element b_here[PRODUCTS * (INNER * COLUMNS + PAD)];
 
