@@ -10,23 +10,30 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gpuml import metrics as metrics
     from gpuml import plots as plots
+    from gpuml import schedules as schedules
     from gpuml.blocked import BlockReport, blocked_matmul, measure_rates, plan_for
     from gpuml.blocking import BlockPlan, Rates
     from gpuml.datasets import Dataset, Preprocessing, load_dataset, split
     from gpuml.devices import Device, array_module, device_of, get_device, to_host
     from gpuml.errors import (
+        CheckpointError,
         DataError,
         DeviceError,
         DeviceMemoryError,
         GpumlError,
         ModelFileError,
     )
+    from gpuml.gradients import gradient_check
+    from gpuml.history import History, compare_histories
     from gpuml.losses import mean_squared_error, softmax_cross_entropy
     from gpuml.matmul import batched_matmul, split_matmul
+    from gpuml.metrics import accuracy, confusion_matrix, r2_score
     from gpuml.models import MLP, Linear, Model, Parameters, load_model
     from gpuml.optimizers import Adam, GradientDescent
     from gpuml.recordings import Recording, recorded
+    from gpuml.regression import Gram, largest_stable_learning_rate, least_squares
     from gpuml.timing import (
         Ceilings,
         Comparison,
@@ -34,10 +41,10 @@ if TYPE_CHECKING:
         benchmark,
         compare_devices,
         device_ceilings,
+        watch_memory,
     )
     from gpuml.training import (
         DivergenceError,
-        History,
         TrainingInterrupted,
         evaluate,
         predict,
@@ -52,13 +59,25 @@ _MODULES = {
     "blocking": ("BlockPlan", "Rates"),
     "datasets": ("Dataset", "Preprocessing", "load_dataset", "split"),
     "devices": ("Device", "array_module", "device_of", "get_device", "to_host"),
-    "errors": ("DataError", "DeviceError", "DeviceMemoryError", "GpumlError", "ModelFileError"),
+    "errors": (
+        "CheckpointError",
+        "DataError",
+        "DeviceError",
+        "DeviceMemoryError",
+        "GpumlError",
+        "ModelFileError",
+    ),
+    "gradients": ("gradient_check",),
+    "history": ("History", "compare_histories"),
     "losses": ("mean_squared_error", "softmax_cross_entropy"),
     "matmul": ("batched_matmul", "split_matmul"),
+    "metrics": ("accuracy", "confusion_matrix", "r2_score"),
     "models": ("MLP", "Linear", "Model", "Parameters", "load_model"),
     "optimizers": ("Adam", "GradientDescent"),
     "plots": (),
     "recordings": ("Recording", "recorded"),
+    "regression": ("Gram", "largest_stable_learning_rate", "least_squares"),
+    "schedules": (),
     "timing": (
         "Ceilings",
         "Comparison",
@@ -66,10 +85,10 @@ _MODULES = {
         "benchmark",
         "compare_devices",
         "device_ceilings",
+        "watch_memory",
     ),
     "training": (
         "DivergenceError",
-        "History",
         "TrainingInterrupted",
         "evaluate",
         "predict",
@@ -84,6 +103,7 @@ __all__ = [
     "BlockPlan",
     "BlockReport",
     "Ceilings",
+    "CheckpointError",
     "Comparison",
     "DataError",
     "Dataset",
@@ -93,6 +113,7 @@ __all__ = [
     "DivergenceError",
     "GpumlError",
     "GradientDescent",
+    "Gram",
     "History",
     "Linear",
     "Measurement",
@@ -103,27 +124,35 @@ __all__ = [
     "Rates",
     "Recording",
     "TrainingInterrupted",
+    "accuracy",
     "array_module",
     "batched_matmul",
     "benchmark",
     "blocked_matmul",
     "compare_devices",
+    "compare_histories",
+    "confusion_matrix",
     "device_ceilings",
     "device_of",
     "evaluate",
     "get_device",
+    "gradient_check",
+    "largest_stable_learning_rate",
+    "least_squares",
     "load_dataset",
     "load_model",
     "mean_squared_error",
     "measure_rates",
     "plan_for",
     "predict",
+    "r2_score",
     "recorded",
     "softmax_cross_entropy",
     "split",
     "split_matmul",
     "to_host",
     "train",
+    "watch_memory",
 ]
 
 

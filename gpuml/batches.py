@@ -1,16 +1,52 @@
-"""Mini-batches of data that is in memory."""
+"""Mini-batches: of data on the device, of data that stay on the host or on disk, or of a source."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
-from gpuml.devices import Array, device_of
+from gpuml.devices import Array, Device, cpu_count, device_of
+from gpuml.memory_maps import drop_pages, mapped_file, read_ahead
+from gpuml.staging import Stager, Trace
 
 # Rows are gathered for several batches at once: one launch on a GPU instead of many, and a
 # bounded amount of memory however large the data are.
 GATHERED_BYTES = 8 * 2**20
+
+# Data that are streamed pass in chunks of this size; on a GPU so many are under way at once.
+CHUNK_BYTES = 64 * 2**20
+CHUNKS = 3
+# A memory map is shuffled by blocks of neighbouring rows, which are read in one go: blocks in
+# random order, and the rows of a chunk of blocks among each other.
+BLOCK_BYTES = 2**20
+
+Batch: TypeAlias = tuple[Array, Array]
+Chunk: TypeAlias = tuple[list[slice], Any]  # runs of rows, and the order to put them in, or None
+
+
+class Batches(Protocol):
+    """What training asks of data.
+
+    Attributes
+    ----------
+    n_samples, batch_size, n_steps : int
+        Rows in each epoch, and in each batch but the last; batches in an epoch.
+    streamed : bool
+        Whether a full batch comes in parts, because the data are not on the device as a whole.
+    """
+
+    n_samples: int
+    batch_size: int
+    n_steps: int
+    streamed: bool
+
+    def epoch(self, generator: np.random.Generator | None) -> Iterator[Batch]:
+        """Yield (x, y) of one epoch, on the device; shuffled if there is a generator."""
+        ...
 
 
 def batches(
@@ -19,7 +55,7 @@ def batches(
     batch_size: int | None,
     *,
     generator: np.random.Generator | None = None,
-) -> Iterator[tuple[Array, Array]]:
+) -> Iterator[Batch]:
     """Yield (x, y) batch by batch, every sample once; the last batch may be shorter.
 
     Parameters
@@ -56,3 +92,240 @@ def batches(
         )
         for start in range(0, len(chunk_X), batch_size):
             yield chunk_X[start : start + batch_size], chunk_y[start : start + batch_size]
+
+
+class ArrayBatches:
+    """Batches of arrays that are on the device as a whole.
+
+    Parameters
+    ----------
+    X, y : array
+        As for :func:`batches`.
+    batch_size : int
+    """
+
+    streamed = False
+
+    def __init__(self, X: Array, y: Array, batch_size: int) -> None:
+        self._X, self._y = X, y
+        self.n_samples, self.batch_size = len(X), batch_size
+        self.n_steps = -(-len(X) // batch_size)
+
+    def epoch(self, generator: np.random.Generator | None) -> Iterator[Batch]:
+        """Yield (x, y) of one epoch."""
+        return batches(self._X, self._y, self.batch_size, generator=generator)
+
+
+class GivenBatches:
+    """Batches from the user: anything that yields (x, y) pairs each time it is iterated over.
+
+    Parameters
+    ----------
+    source : iterable of (x, y)
+        A list, a data loader of another library, an object with ``__iter__``; not a generator,
+        which would be used up after one epoch. It shuffles itself if it wants to.
+    convert : callable
+        ``(x, y) -> (x, y)``: checked, and brought to the device.
+
+    Raises
+    ------
+    TypeError
+        If it cannot be iterated over more than once.
+    ValueError
+        If it is empty, or yields something else than pairs.
+    """
+
+    streamed = False
+
+    def __init__(self, source: Iterable[Any], convert: Callable[[Any, Any], Batch]) -> None:
+        if iter(source) is source:
+            raise TypeError(
+                "a generator is used up after one epoch: give a list of (x, y) pairs, or an "
+                "object whose __iter__ begins anew"
+            )
+        self._source, self._convert = source, convert
+        sizes = [len(x) for x, _ in self.epoch(None)]
+        if not sizes:
+            raise ValueError("the source of batches is empty")
+        self.n_samples, self.batch_size, self.n_steps = sum(sizes), max(sizes), len(sizes)
+
+    def epoch(self, generator: np.random.Generator | None) -> Iterator[Batch]:
+        """Yield (x, y) of one epoch, in the source's order."""
+        for pair in self._source:
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise ValueError("the source of batches must yield pairs (x, y)")
+            yield self._convert(*pair)
+
+
+class StreamedBatches:
+    """Batches of data that stay in host memory or in a file, and pass chunk by chunk.
+
+    On a GPU several threads gather the rows of the chunks to come, and copy them through pinned
+    buffers while the device works on one. On the CPU the pages of a file are given back after use.
+
+    Parameters
+    ----------
+    X : numpy.ndarray of shape (n_samples, n_features)
+        Also a memory map.
+    y : numpy.ndarray of shape (n_samples,) or (n_samples, n_outputs)
+    batch_size : int
+    device : Device
+    x_dtype, y_dtype : dtype
+        What a chunk is converted to on the way.
+    memory_limit : int, optional
+        Bytes for the chunks under way together.
+    """
+
+    streamed = True
+
+    def __init__(
+        self,
+        X: Array,
+        y: Array,
+        batch_size: int,
+        device: Device,
+        x_dtype: Any,
+        y_dtype: Any,
+        memory_limit: int | None = None,
+    ) -> None:
+        self._X, self._y, self._device = X, y, device
+        self._types = np.dtype(x_dtype), np.dtype(y_dtype)
+        self._widths = tuple(math.prod(a.shape[1:]) for a in (X, y))
+        self.n_samples, self.batch_size = len(X), batch_size
+        self.n_steps = -(-len(X) // batch_size)
+        self._row_bytes = sum(
+            width * dtype.itemsize for width, dtype in zip(self._widths, self._types, strict=True)
+        )
+        # Each chunk needs its place, and as much again while its rows are put in order.
+        limit = min(CHUNK_BYTES, (memory_limit or 2**62) // (2 * CHUNKS))
+        rows = max(1, limit // self._row_bytes)
+        if batch_size < len(X):  # batches do not straddle chunks
+            rows = max(1, rows // batch_size) * batch_size
+        self._chunk_rows = min(rows, len(X))
+        self.memory = 2 * CHUNKS * self._chunk_rows * self._row_bytes
+
+    def epoch(self, generator: np.random.Generator | None) -> Iterator[Batch]:
+        """Yield (x, y) of one epoch; a full batch in several parts."""
+        chunks = self._chunks(generator)
+        bring = self._on_gpu if self._device.kind == "gpu" else self._on_host
+        for x, y, order in bring(chunks):
+            if order is not None:
+                order = self._device.asarray(order)
+                x, y = x.take(order, axis=0), y.take(order, axis=0)
+            size = min(self.batch_size, len(x))
+            for start in range(0, len(x), size):
+                yield x[start : start + size], y[start : start + size]
+
+    def _chunks(self, generator: np.random.Generator | None) -> Iterator[Chunk]:
+        """Yield runs of neighbouring rows that make a chunk, and the order to put them in."""
+        n, each = self.n_samples, self._chunk_rows
+        if generator is None or self.batch_size >= n:
+            for first in range(0, n, each):
+                yield [slice(first, min(n, first + each))], None
+            return
+        if mapped_file(self._X) is None:
+            order = generator.permutation(n)  # as for data that are on the device as a whole
+            for first in range(0, n, each):
+                yield [], order[first : first + each]
+            return
+        block = max(1, BLOCK_BYTES // self._row_bytes)
+        starts = generator.permutation(-(-n // block)) * block
+        runs = deque(slice(int(start), min(n, int(start) + block)) for start in starts)
+        while runs:
+            taken, size = [], 0
+            while runs and size < each:
+                run = runs.popleft()
+                cut = min(run.stop, run.start + each - size)
+                taken.append(slice(run.start, cut))
+                size += cut - run.start
+                if cut < run.stop:
+                    runs.appendleft(slice(cut, run.stop))
+            yield taken, generator.permutation(size)
+
+    def _on_host(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Array, Array, Any]]:
+        """Yield chunks on the CPU; the next one is read ahead."""
+        after = next(chunks, None)
+        while after is not None:
+            (runs, order), after = after, next(chunks, None)
+            for run in after[0] if after else ():
+                read_ahead(self._X[run])
+            x, y = (
+                _gathered(array, runs, order, dtype)
+                for array, dtype in zip((self._X, self._y), self._types, strict=True)
+            )
+            yield x, y, order if runs else None
+            for run in runs:
+                drop_pages(self._X[run])
+                drop_pages(self._y[run])
+
+    def _on_gpu(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Array, Array, Any]]:
+        """Yield chunks on a GPU; two more are on their way."""
+        import cupy
+
+        shapes = [(self._chunk_rows, width) for width in self._widths]
+        places = deque(
+            _Place([cupy.empty(s, t) for s, t in zip(shapes, self._types, strict=True)])
+            for _ in range(CHUNKS)
+        )
+        coming: deque[tuple[_Place, Chunk, list[Any], int]] = deque()
+        with Stager(self._device, max(1, cpu_count() * 3 // 4), Trace.none()) as stager:
+            more = True
+            while more or coming:
+                while more and places:
+                    chunk = next(chunks, None)
+                    if chunk is None:
+                        more = False
+                        break
+                    place = places.popleft()
+                    coming.append((place, chunk, *self._load(place, chunk, stager)))
+                if not coming:
+                    break
+                place, chunk, transfers, n_rows = coming.popleft()
+                for transfer in transfers:
+                    transfer.wait_queued()
+                compute = cupy.cuda.get_current_stream()
+                compute.wait_event(place.stream.record())
+                for run in chunk[0]:
+                    drop_pages(self._X[run])
+                x, y = (array[:n_rows] for array in place.arrays)
+                y = y.reshape(n_rows, *self._y.shape[1:])
+                yield x, y, chunk[1] if chunk[0] else None
+                place.used = compute.record()
+                places.append(place)
+
+    def _load(self, place: _Place, chunk: Chunk, stager: Stager) -> tuple[list[Any], int]:
+        """Begin to bring a chunk; return what to wait for, and its number of rows."""
+        runs, order = chunk
+        if place.used is not None:
+            place.stream.wait_event(place.used)
+        transfers = []
+        hosts = [array.reshape(len(array), -1) for array in (self._X, self._y)]
+        for host, there in zip(hosts, place.arrays, strict=True):
+            if not runs:
+                transfers.append(stager.load(host, there[: len(order)], place.stream, rows=order))
+            start = 0
+            for run in runs:
+                stop = start + run.stop - run.start
+                transfers.append(stager.load(host[run], there[start:stop], place.stream))
+                start = stop
+        return transfers, len(order) if not runs else start
+
+
+class _Place:
+    """The device arrays of one chunk, and the stream that fills them."""
+
+    def __init__(self, arrays: list[Array]) -> None:
+        import cupy
+
+        self.arrays = arrays
+        self.stream = cupy.cuda.Stream(non_blocking=True)
+        self.used: Any = None
+
+
+def _gathered(array: Array, runs: list[slice], order: Any, dtype: Any) -> Array:
+    """Return the rows of a chunk on the host."""
+    if not runs:
+        return np.asarray(array.take(order, axis=0), dtype)
+    if len(runs) == 1:
+        return np.asarray(array[runs[0]], dtype)
+    return np.concatenate([array[run] for run in runs], dtype=dtype, casting="unsafe")

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -65,6 +66,8 @@ RESERVED_SHARE = {"gpu": 1 / 8, "cpu": 1 / 2}
 # go on while a finished tile makes room.
 BUFFERS = {"gpu": 3, "cpu": 1}
 
+Progress: TypeAlias = bool | Callable[[int, int], None] | None
+
 KINDS = {
     FILL: "host memory",
     IN: "bus",
@@ -89,8 +92,8 @@ class BlockReport:
         When each piece of work began and ended, in seconds, by kind of work.
     n_threads : dict of str to int
         How many threads of the host shared a kind of work.
-    n_steps : int
-        Steps done; fewer than the plan's if work was taken up again.
+    n_steps, n_tiles : int
+        Steps and tiles done; fewer than the plan's if work was taken up again.
     notes : list of str
         What did not go as planned.
     rates : Rates or None
@@ -100,9 +103,10 @@ class BlockReport:
     plan: BlockPlan
     device: str
     seconds: float = 0.0
-    spans: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict)
+    spans: dict[str, np.ndarray[Any, Any]] = field(default_factory=dict, compare=False)
     n_threads: dict[str, int] = field(default_factory=dict)
     n_steps: int = 0
+    n_tiles: int = 0
     notes: list[str] = field(default_factory=list)
     rates: Rates | None = None
 
@@ -132,6 +136,11 @@ class BlockReport:
         hidden = sum(busy) - max(busy, default=0)
         return 1.0 if hidden <= 0 else min(1.0, max(0.0, (sum(busy) - self.seconds) / hidden))
 
+    @property
+    def predicted(self) -> float | None:
+        """Seconds that were to be expected of the whole product; None if rates are unknown."""
+        return self.plan.predict(self.rates)["total"] if self.rates else None
+
     def __str__(self) -> str:
         lines = [str(self.plan), f"{duration(self.seconds)} on {self.device}"]
         expected = self.plan.predict(self.rates) if self.rates else {}
@@ -142,8 +151,24 @@ class BlockReport:
             if kind in expected:
                 line += f"  predicted {duration(expected[kind])}"
             lines.append(line)
-        lines.append(f"bound by {self.bound}; {self.overlap:.0%} of the rest overlapped")
+        if len(self.busy) > 1:
+            lines.append(f"bound by {self.bound}; {self.overlap:.0%} of the rest overlapped")
         return "\n".join([*lines, *self.notes])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as what JSON can hold; :meth:`from_json` reads it."""
+        spans = {kind: np.round(spans, 6).tolist() for kind, spans in self.spans.items()}
+        return asdict(self) | {"spans": spans}
+
+    @classmethod
+    def from_json(cls, table: dict[str, Any]) -> BlockReport:
+        """Make a report again from what :meth:`to_json` returned."""
+        made = {
+            "plan": BlockPlan(**table["plan"]),
+            "rates": table["rates"] and Rates(**table["rates"]),
+            "spans": {kind: np.array(spans) for kind, spans in table["spans"].items()},
+        }
+        return cls(**(table | made))
 
     def plot(self, title: str = "", axis: Any = None) -> Any:
         """Draw the time line: what was under way when; see :func:`gpuml.plots.time_line`."""
@@ -163,7 +188,7 @@ def blocked_matmul(
     out: Array | None = None,
     precision: Precision | None = None,
     device: Device | str | None = None,
-    progress: bool | None = None,
+    progress: Progress = None,
     resume: bool = False,
     return_report: bool = False,
 ) -> Any:
@@ -188,8 +213,9 @@ def blocked_matmul(
         How a GPU multiplies float32, as in :func:`gpuml.batched_matmul`.
     device : Device or str, optional
         Where to compute; what :func:`gpuml.get_device` returns unless given.
-    progress : bool, optional
-        Whether to show a progress bar on standard error; if that is a terminal unless given.
+    progress : bool or callable, optional
+        Whether to show a progress bar on standard error; if that is a terminal unless given. A
+        function ``(n_done, n_tiles) -> None`` is called after each finished tile.
     resume : bool
         Whether to go on with what an interrupted call left in a memory-mapped `out`. The
         finished tiles are noted in a file beside it, ``NAME.progress``, which is deleted at
@@ -239,12 +265,13 @@ def blocked_matmul(
     )
     journal = _open_journal(a, b, out, precision, resume)
     with _ProgressBar(progress, report.plan) as bar:
-        _multiply(_Work(a, b, out, precision, where, journal, bar), report, limit)
+        work = _Work(a, b, out, precision, where, journal, bar, report.plan.n_tiles)
+        _multiply(work, report, limit)
     if journal:
         journal.remove()
     if not return_report:
         return out
-    report.rates = measure_rates(where, out.dtype.name, precision)
+    report.rates = measure_rates(where, out.dtype, precision)
     return out, report
 
 
@@ -307,18 +334,19 @@ def _speed(dtype: np.dtype[Any], precision: Precision | None) -> float:
     return {"c": 1 / 4, "f": 1}.get(dtype.kind, 1 / 20)  # a complex product is four
 
 
-@cache
 def measure_rates(
-    device: Device, dtype: str = "float32", precision: Precision | None = None
+    device: Device | str | None = None, dtype: Any = np.float32, precision: Precision | None = None
 ) -> Rates:
     """Measure what limits blocked products: host memory, bus and arithmetic.
 
-    Measured once for each device, type and precision: it takes about a second.
+    Measured once for each device, type and precision: it takes about a second, and on a GPU
+    three quarters of a GiB.
 
     Parameters
     ----------
-    device : Device
-    dtype : str
+    device : Device or str, optional
+        What :func:`gpuml.get_device` returns unless given.
+    dtype : dtype
         Of the products.
     precision : {"float32", "tf32", "bfloat16"}, optional
         Of the products.
@@ -328,6 +356,11 @@ def measure_rates(
     Rates
         On the CPU nothing is copied: the rates of copies are infinite.
     """
+    return _measured(get_device(device), np.dtype(dtype).name, precision)
+
+
+@cache
+def _measured(device: Device, dtype: str, precision: Precision | None) -> Rates:
     size = 1024 if device.kind == "cpu" else 8192
     size //= 1 if np.dtype(dtype).kind in "fV" else 4
     numbers = np.random.default_rng(0).random((size, size), np.float32).astype(dtype)
@@ -376,6 +409,7 @@ class _Work:
     device: Device
     journal: Journal | None
     bar: _ProgressBar
+    n_tiles: int
     finished: list[Tile] = field(default_factory=list)
 
     def finish(self, tile: Tile) -> None:
@@ -385,6 +419,7 @@ class _Work:
             self.journal.add(tile)
         else:
             drop_pages(self.out[tile[0] : tile[1], tile[2] : tile[3]])
+        self.bar.tell(len(self.finished), self.n_tiles)
 
     def steps(self, plan: BlockPlan) -> list[Step]:
         """Return what is left to do."""
@@ -437,8 +472,10 @@ def _multiply(work: _Work, report: BlockReport, limit: int | None) -> None:
         except Exception as error:
             if work.device.kind == "cpu" or not _is_out_of_memory(error):
                 raise
+        report.n_steps -= len(work.steps(plan))  # they were not done
         report.plan = _smaller(work, plan, report.notes)
     report.seconds = time.perf_counter() - begin
+    report.n_tiles = len(work.finished)
     report.spans = trace.spans()
 
 
@@ -482,7 +519,7 @@ def _multiply_on_host(work: _Work, plan: BlockPlan, steps: list[Step], trace: Tr
     a = _HostPanels(work.a, sum_dtype, plan.slots[0])
     b = _HostPanels(work.b, sum_dtype, plan.slots[1])
     tile: Any = None
-    for step, after in zip(steps, [*steps[1:], None], strict=True):
+    for step, after in zip(steps, [*steps[1:], None], strict=False):
         target = work.out[step.rows, step.columns]
         if after:
             read_ahead(work.a[after.rows, after.depth])
@@ -522,7 +559,7 @@ def _multiply_on_gpu(
     work: _Work, plan: BlockPlan, steps: list[Step], trace: Trace, n_threads: dict[str, int]
 ) -> None:
     """Compute tiles on a GPU: panels come, tiles go back, and the device multiplies meanwhile."""
-    n_in, n_out = max(1, cpu_count() * 3 // 4), max(1, cpu_count() // 2)
+    n_in = n_out = max(1, cpu_count() * 3 // 4)
     n_threads |= {FILL: n_in, EMPTY: n_out}
     with (
         _arena(work.device, plan.memory) as memory,
@@ -737,28 +774,34 @@ class _Pipeline:
 
 
 class _ProgressBar:
-    """A bar of operations done; nothing where none is wanted."""
+    """A bar of operations done, or calls of the user's function; nothing where none is wanted."""
 
-    def __init__(self, wanted: bool | None, plan: BlockPlan) -> None:
-        from tqdm.auto import tqdm
+    def __init__(self, wanted: Progress, plan: BlockPlan) -> None:
+        self._tell = wanted if callable(wanted) else None
+        self._bar: Any = None
+        if wanted is True or (wanted is None and sys.stderr.isatty()):
+            from tqdm import tqdm
 
-        self._bar = tqdm(
-            total=plan.n_operations,
-            disable=None if wanted is None else not wanted,
-            unit="FLOP",
-            unit_scale=True,
-            desc="matmul",
-        )
+            self._bar = tqdm(
+                total=plan.n_operations, unit="FLOP", unit_scale=True, dynamic_ncols=True
+            )
 
     def __enter__(self) -> _ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def update(self, step: Step) -> None:
         """Add one step."""
-        self._bar.update(2 * math.prod(step.sizes))
+        if self._bar is not None:
+            self._bar.update(2 * math.prod(step.sizes))
+
+    def tell(self, n_done: int, n_tiles: int) -> None:
+        """Tell the user's function of a finished tile."""
+        if self._tell is not None:
+            self._tell(n_done, n_tiles)
 
 
 def _checked(a: Array, b: Array, out: Array | None, resume: bool) -> Array:

@@ -6,18 +6,22 @@ import math
 import re
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from typing import Any, Literal
 
 import numpy as np
 
 # Costs that no ceiling shows, measured on an NVIDIA H200: Python for one step, in seconds, and the
-# bandwidth of device memory, in which a tile is read and written when a product is added to it.
+# bandwidth with which a tile is read and written when a product is added to it.
 STEP_SECONDS = 40e-6
 START_SECONDS = 10e-3  # to start and to stop the threads that copy
-DEVICE_BANDWIDTH = 4e12
+DEVICE_BANDWIDTH = 2e12
 ALLOCATION_SECONDS = 4e-13  # for a byte of device memory, taken and given back
+# Where panels are kept, tiles of C leave while panels arrive, all the time. Both directions at once
+# slow each other down more than the rates tell.
+KEPT_PENALTY = 1.2
 PIECE_BYTES = 400  # what it costs to go from one row of a panel to the next, in bytes copied
 SMALLEST = 32  # rows, columns and depth of the smallest tile, where the matrices are not smaller
 STRIP_BYTES = 32 * 2**20  # a finished tile is sent back in parts of this size,
@@ -297,7 +301,7 @@ def plan_blocks(
     sum_itemsize : int
         Bytes of an element of C while it is summed; `itemsize` unless given.
     buffers : int
-        Panels of a passing operand held at once; 1 where nothing is copied.
+        Panels of a passing operand held at once, at most; 1 where nothing is copied.
     rates : Rates
         Of a machine; only their proportions count.
 
@@ -318,19 +322,17 @@ def plan_blocks(
     """
     if min(m, n, k) < 1:
         raise ValueError(f"m, n and k must be at least 1, got {m}, {n}, {k}")
-    sum_itemsize = sum_itemsize or itemsize
-    depths = sorted({k, *(d * 2**i for i in range(4, 16) for d in (2, 3) if d * 2**i < k)})
-    grid: Any = np.meshgrid(_parts(m), _parts(n), depths)
-    tile_m, tile_n, tile_k = (sizes.ravel() for sizes in grid)
-    fixed = buffers, itemsize, sum_itemsize or itemsize, budget
     best: tuple[float, BlockPlan] | None = None
-    for keeps in ("C", "A", "B"):
-        every = BlockPlan(m, n, k, tile_m, tile_n, tile_k, keeps, *fixed)
-        prices = np.where(every.memory <= budget, _price(every, rates), np.inf)
+    fixed = itemsize, sum_itemsize or itemsize, budget
+    counts = range(min(2, buffers), buffers + 1)
+    for plans in chain(*(_every_plan(m, n, k, (count, *fixed)) for count in counts)):
+        prices = np.where(plans.memory <= budget, _price(plans, rates), np.inf)
         i = int(prices.argmin())
         if np.isfinite(prices[i]) and (best is None or prices[i] < best[0]):
-            tile = int(tile_m[i]), int(tile_n[i]), int(tile_k[i])
-            best = float(prices[i]), BlockPlan(m, n, k, *tile, keeps, *fixed)
+            tiles: Any = plans.tile_m, plans.tile_n, plans.tile_k
+            tile_m, tile_n, tile_k = (int(sizes[i]) for sizes in tiles)
+            plan = replace(plans, tile_m=tile_m, tile_n=tile_n, tile_k=tile_k)
+            best = float(prices[i]), plan
     if best is None:
         raise ValueError(f"not even the smallest tile fits into {size_text(budget)}")
     return best[1]
@@ -343,12 +345,11 @@ def _price(plan: BlockPlan, rates: Rates) -> Any:
     a = np.where((plan.keeps == "A") | (m * k <= plan.slots[0]), 1, n)
     b = np.where((plan.keeps == "B") | (n * k <= plan.slots[1]), 1, m)
     elements = a * plan.m * plan.k + b * plan.k * plan.n
-    if plan.keeps == "C":  # at each turn the newest panels of one operand are still there
-        turns = np.where(a > 1, (n - 1) * plan.m, 0) + np.where(b > 1, (m - 1) * plan.tile_n, 0)
-        elements = elements - np.minimum(plan.buffers * plan.tile_k, plan.k) * turns
     brought = elements * plan.itemsize
     pieces = 1 + PIECE_BYTES * (k > 1) / (plan.tile_k * plan.itemsize)
     total = plan._predict(rates, brought * pieces)["total"]
+    if plan.keeps != "C":
+        total = total * KEPT_PENALTY
     return total + brought / rates.bus_in + plan.memory * ALLOCATION_SECONDS
 
 
@@ -356,10 +357,17 @@ def smallest_memory(
     m: int, n: int, k: int, itemsize: int, *, sum_itemsize: int = 0, buffers: int = 3
 ) -> int:
     """Return the bytes that the smallest tile and its panels need; see :func:`plan_blocks`."""
-    tile_m, tile_n, tile_k = (min(size, SMALLEST) for size in (m, n, k))
-    sums = sum_itemsize or itemsize
-    plan = BlockPlan(m, n, k, tile_m, tile_n, tile_k, "C", buffers, itemsize, sums, 0)
-    return int(plan.memory)
+    fixed = min(2, buffers), itemsize, sum_itemsize or itemsize, 0
+    return min(int(plans.memory.min()) for plans in _every_plan(m, n, k, fixed))
+
+
+def _every_plan(m: int, n: int, k: int, fixed: tuple[int, int, int, int]) -> Iterator[BlockPlan]:
+    """Yield all plans worth comparing: one for each way to keep, with arrays of tile sizes."""
+    depths = sorted({k, *(d * 2**i for i in range(4, 16) for d in (2, 3) if d * 2**i < k)})
+    grid: Any = np.meshgrid(_parts(m), _parts(n), depths)
+    tile_m, tile_n, tile_k = (sizes.ravel() for sizes in grid)
+    for keeps in ("C", "A", "B"):
+        yield BlockPlan(m, n, k, tile_m, tile_n, tile_k, keeps, *fixed)
 
 
 def _least(a: Any, b: Any) -> Any:
@@ -387,7 +395,8 @@ def size_text(n_bytes: float) -> str:
     """
     for unit, size in (("TiB", 2**40), ("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if n_bytes >= size:
-            return f"{n_bytes / size:.3g} {unit}"
+            number = n_bytes / size
+            return f"{number:.3g} {unit}" if number < 999.5 else f"{number:.0f} {unit}"
     return f"{n_bytes:.0f} bytes"
 
 
@@ -413,11 +422,11 @@ def parse_size(size: int | str) -> int:
     >>> parse_size("1.5 KiB"), parse_size("2 MB"), parse_size(7)
     (1536, 2000000, 7)
     """
-    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([kmgt]?)(i?)b?\s*", str(size), re.IGNORECASE)
+    match = re.fullmatch(r"\s*(\d+\.?\d*)\s*(?:([kmgt])(i?))?b?\s*", str(size), re.IGNORECASE)
     if match is None or isinstance(size, bool):
         raise ValueError(f"{size!r} is no size of memory: give bytes, or text such as '2 GiB'")
     number, prefix, binary = match.groups()
-    scale = (1024 if binary else 1000) ** " kmgt".index(prefix.lower() or " ")
+    scale = (1024 if binary else 1000) ** " kmgt".index((prefix or " ").lower())
     n_bytes = int(float(number) * scale)
     if n_bytes < 1:
         raise ValueError(f"a size of memory must be positive, got {size!r}")

@@ -22,9 +22,9 @@ from gpuml import __version__
 if TYPE_CHECKING:
     from gpuml.datasets import Dataset, HostArray, Preprocessing, Task
     from gpuml.devices import Device
+    from gpuml.history import History
     from gpuml.models import Model
     from gpuml.optimizers import Optimizer
-    from gpuml.training import History
 
 DONE, FAILED, WRONG_CALL, INTERRUPTED = 0, 1, 2, 130  # 130: what shells report after Ctrl-C
 

@@ -22,6 +22,10 @@ class DataError(GpumlError, ValueError):
     """Data from outside (a file, a table) cannot be used as it is."""
 
 
+class CheckpointError(DataError):
+    """A checkpoint is damaged, foreign, newer than this version, or of another training run."""
+
+
 class ModelFileError(GpumlError, ValueError):
     """A model file is damaged, truncated, foreign, or does not describe a model."""
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from gpuml.devices import Array, array_module
+from gpuml.devices import Array, array_module, device_of
 from gpuml.errors import unknown_name
 from gpuml.kernels import load_kernel
 
@@ -96,6 +96,15 @@ def batched_matmul(
     (5, 7, 2, 4)
     """
     xp = array_module(a, b) if out is None else array_module(a, b, out)
+    if xp is not np:
+        with device_of(a).use():
+            return _batched_matmul(xp, a, b, out, precision)
+    return _batched_matmul(xp, a, b, out, precision)
+
+
+def _batched_matmul(
+    xp: Any, a: Array, b: Array, out: Array | None, precision: Precision | None
+) -> Array:
     shape = product_shape(a.shape, b.shape)
     dtype = product_dtype(a, b)
     compute = checked_precision(precision, dtype)
@@ -291,7 +300,8 @@ def check_out(out: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
         )
     if isinstance(out, np.ndarray) and not out.flags.writeable:
         raise ValueError("out is read-only")
-    if any(n > 1 and step == 0 for n, step in zip(out.shape, out.strides, strict=True)):
+    repeated = any(n > 1 and step == 0 for n, step in zip(out.shape, out.strides, strict=True))
+    if out.size and repeated:
         raise ValueError("out repeats its elements in memory, so it cannot hold a result")
 
 
@@ -306,6 +316,8 @@ def _as_one(a: Array, b: Array, out: Array) -> tuple[Array, Array, Array]:
 
 def _multiply_on_host(a: Array, b: Array, out: Array) -> None:
     a, b, out = _as_one(a, b, out)
+    # NumPy before 2.3 multiplies what BLAS cannot read by a loop of its own, 100 times slower.
+    a, b = (x if _layout(x) else np.ascontiguousarray(x) for x in (a, b))
     if out.dtype.itemsize == 2 and out.dtype.kind in "fV":  # NumPy has no fast product for these
         out[...] = np.matmul(a.astype(np.float32), b.astype(np.float32))
     else:
@@ -320,25 +332,28 @@ def _multiply_on_gpu(a: Array, b: Array, out: Array, precision: Precision | None
         return
     xp, stack = array_module(a), out.shape[:-2]
     # What cuBLAS cannot read is copied first, so that a shared matrix is copied once.
-    alone = [x if _layout(x) else xp.ascontiguousarray(x) for x in (a, b)]
+    alone = [x if _layout(x) else _contiguous(x) for x in (a, b)]
     a, b = (xp.broadcast_to(x, (*stack, *x.shape[-2:])) for x in alone)
     small = max(*a.shape[-2:], b.shape[-1]) <= SMALL and out.size >= FEWEST_SMALL * _area(out)
     if small and _multiply_small(a, b, out):
         return
-    if None in (_step(a), _step(b)) and precision is None and out.flags.c_contiguous:
+    if None not in (_step(a), _step(b)):
+        _cublas(a, b, out, precision)
+    elif precision is None and out.dtype.name != "bfloat16" and out.flags.c_contiguous:
         # By an array of pointers; of two-byte numbers only copies, since cuBLAS wants those
         # matrices to begin at multiples of 16 bytes.
         xp.matmul(*(alone if a.itemsize > 2 else (a, b)), out=out)
-        return
-    a, b = (x if _step(x) is not None else _contiguous(x) for x in (a, b))
-    _cublas(a, b, out, precision)
+    else:  # CuPy 14.2 has neither arrays of pointers nor copies of uneven stacks for bfloat16
+        for i in range(stack[0]):
+            _multiply_on_gpu(a[i], b[i], out[i], precision)
 
 
 def _contiguous(x: Array) -> Array:
     xp = array_module(x)
-    if x.dtype.name == "bfloat16":  # CuPy 14.2 copies it only as something else
-        return xp.ascontiguousarray(x.view(np.uint16)).view(x.dtype)
-    return xp.ascontiguousarray(x)
+    if x.dtype.name != "bfloat16":
+        return xp.ascontiguousarray(x)
+    bits = xp.ascontiguousarray(x.view(np.uint16))  # CuPy 14.2 copies only these
+    return xp.ndarray(bits.shape, x.dtype, memptr=bits.data)
 
 
 def _area(x: Array) -> int:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Protocol, TypeAlias
+
+import numpy as np
 
 from gpuml.devices import Array, array_module, device_of
 from gpuml.errors import unknown_name
@@ -28,9 +31,10 @@ class Optimizer(Protocol):
 
 
 class GradientDescent:
-    """Gradient descent, with momentum if wanted.
+    """Gradient descent, with momentum and weight decay if wanted.
 
-    v ← momentum · v + gradient;  parameters ← parameters - learning_rate · v
+    g ← gradient + weight_decay · parameters;  v ← momentum · v + g;
+    parameters ← parameters - learning_rate · v
 
     Parameters
     ----------
@@ -38,6 +42,10 @@ class GradientDescent:
         Positive.
     momentum : float
         From 0 (none) to less than 1.
+    weight_decay : float
+        Zero or positive: adds weight_decay / 2 times the sum of the squared weights to the loss.
+        Biases (parameters whose name ends in ``bias`` and whose first axis has length 1) do not
+        decay.
 
     Raises
     ------
@@ -47,6 +55,7 @@ class GradientDescent:
     References
     ----------
     Polyak: Some methods of speeding up the convergence of iteration methods. 1964.
+    Krogh, Hertz: A Simple Weight Decay Can Improve Generalization. NIPS 1991.
 
     Examples
     --------
@@ -54,15 +63,24 @@ class GradientDescent:
     GradientDescent(learning_rate=0.1, momentum=0.9)
     """
 
-    def __init__(self, learning_rate: float = 0.01, *, momentum: float = 0.0) -> None:
+    def __init__(
+        self, learning_rate: float = 0.01, *, momentum: float = 0.0, weight_decay: float = 0.0
+    ) -> None:
         _check("learning_rate", learning_rate, learning_rate > 0, "positive")
         _check("momentum", momentum, 0 <= momentum < 1, "from 0 to less than 1")
+        _check("weight_decay", weight_decay, weight_decay >= 0, "zero or positive")
         self.learning_rate = learning_rate
         self.momentum = momentum
+        self.weight_decay = weight_decay
+
+    def settings(self) -> dict[str, str | float]:
+        """Return the optimizer's name and numbers: equal for those that take equal steps."""
+        return _settings("gradient_descent", self, "learning_rate", "momentum", "weight_decay")
 
     def init(self, parameters: Parameters) -> State:
         """Return the rates as arrays, and the velocity v = 0 if there is momentum."""
         state = _scalars(parameters, learning_rate=self.learning_rate, momentum=self.momentum)
+        state |= _decay(parameters, self.weight_decay)
         state["step"] = parameters.zeros_like().flat
         if self.momentum:
             state["velocity"] = parameters.zeros_like().flat
@@ -71,17 +89,22 @@ class GradientDescent:
     def update(self, parameters: Parameters, gradients: Parameters, state: State) -> None:
         """Take one step in place."""
         xp = array_module(parameters.flat, gradients.flat)
-        direction = gradients.flat
+        direction, step = gradients.flat, state["step"]
+        if "weight_decay" in state:
+            xp.multiply(state["decaying"], state["weight_decay"], out=step)
+            step *= parameters.flat
+            step += direction
+            direction = step
         if "velocity" in state:
             velocity = state["velocity"]
             velocity *= state["momentum"]
             velocity += direction
             direction = velocity
-        step = xp.multiply(direction, state["learning_rate"], out=state["step"])
+        xp.multiply(direction, state["learning_rate"], out=step)
         parameters.flat -= step
 
     def __repr__(self) -> str:
-        return f"GradientDescent(learning_rate={self.learning_rate}, momentum={self.momentum})"
+        return _call(self)
 
 
 class Adam:
@@ -89,7 +112,8 @@ class Adam:
 
     m ← β₁ m + (1 - β₁) g;  v ← β₂ v + (1 - β₂) g²;
     parameters ← parameters - learning_rate · m̂ / (√v̂ + ε), where m̂ = m / (1 - β₁ᵗ) and
-    v̂ = v / (1 - β₂ᵗ) after t steps.
+    v̂ = v / (1 - β₂ᵗ) after t steps. With weight decay it is AdamW: learning_rate · weight_decay
+    times the parameters before the step is taken off as well.
 
     Parameters
     ----------
@@ -99,6 +123,9 @@ class Adam:
         From 0 to less than 1: how slowly the two averages forget.
     epsilon : float
         Positive; keeps the quotient finite.
+    weight_decay : float
+        Zero or positive; the averages do not see it. Biases (parameters whose name ends in
+        ``bias`` and whose first axis has length 1) do not decay.
 
     Raises
     ------
@@ -108,6 +135,8 @@ class Adam:
     References
     ----------
     Kingma, Ba: Adam: A Method for Stochastic Optimization. ICLR 2015. Algorithm 1.
+    Loshchilov, Hutter: Decoupled Weight Decay Regularization. ICLR 2019. Algorithm 2, with the
+    decay multiplied by the learning rate, as in PyTorch.
 
     Examples
     --------
@@ -122,15 +151,23 @@ class Adam:
         beta1: float = 0.9,
         beta2: float = 0.999,
         epsilon: float = 1e-8,
+        weight_decay: float = 0.0,
     ) -> None:
         _check("learning_rate", learning_rate, learning_rate > 0, "positive")
         _check("beta1", beta1, 0 <= beta1 < 1, "from 0 to less than 1")
         _check("beta2", beta2, 0 <= beta2 < 1, "from 0 to less than 1")
         _check("epsilon", epsilon, epsilon > 0, "positive")
+        _check("weight_decay", weight_decay, weight_decay >= 0, "zero or positive")
         self.learning_rate = learning_rate
         self.beta1 = beta1
         self.beta2 = beta2
         self.epsilon = epsilon
+        self.weight_decay = weight_decay
+
+    def settings(self) -> dict[str, str | float]:
+        """Return the optimizer's name and numbers: equal for those that take equal steps."""
+        names = ("learning_rate", "beta1", "beta2", "epsilon", "weight_decay")
+        return _settings("adam", self, *names)
 
     def init(self, parameters: Parameters) -> State:
         """Return the rates as arrays, and m = v = 0."""
@@ -143,6 +180,7 @@ class Adam:
             beta1_power=1.0,  # β₁ᵗ
             beta2_power=1.0,
         )
+        state |= _decay(parameters, self.weight_decay)
         for name in ("m", "v", "step"):
             state[name] = parameters.zeros_like().flat
         return state
@@ -151,12 +189,17 @@ class Adam:
         """Take one step in place."""
         xp = array_module(parameters.flat, gradients.flat)
         gradient, m, v, step = gradients.flat, state["m"], state["v"], state["step"]
-        for average, beta, value in (
-            (m, state["beta1"], gradient),
-            (v, state["beta2"], xp.square(gradient)),
-        ):
-            average *= beta
-            average += xp.multiply(value, 1 - beta, out=step)
+        if "weight_decay" in state:
+            rate = state["learning_rate"] * state["weight_decay"]
+            xp.multiply(state["decaying"], rate, out=step)
+            step *= parameters.flat
+            parameters.flat -= step
+        m *= state["beta1"]
+        m += xp.multiply(gradient, 1 - state["beta1"], out=step)
+        v *= state["beta2"]
+        xp.multiply(gradient, gradient, out=step)
+        step *= 1 - state["beta2"]
+        v += step
         state["beta1_power"] *= state["beta1"]
         state["beta2_power"] *= state["beta2"]
 
@@ -168,10 +211,7 @@ class Adam:
         parameters.flat -= step
 
     def __repr__(self) -> str:
-        return (
-            f"Adam(learning_rate={self.learning_rate}, beta1={self.beta1}, beta2={self.beta2}, "
-            f"epsilon={self.epsilon})"
-        )
+        return _call(self)
 
 
 OPTIMIZERS: dict[str, type[GradientDescent] | type[Adam]] = {
@@ -202,6 +242,36 @@ def get_optimizer(optimizer: str | Optimizer) -> Optimizer:
 def _check(name: str, value: float, good: bool, expected: str) -> None:
     if not good or value == float("inf"):  # a comparison with NaN is never good
         raise ValueError(f"{name} must be {expected}, got {value}")
+
+
+def _settings(kind: str, optimizer: Optimizer, *names: str) -> dict[str, str | float]:
+    return {"name": kind} | {name: float(getattr(optimizer, name)) for name in names}
+
+
+def _call(optimizer: GradientDescent | Adam) -> str:
+    """Return how the optimizer is made; without weight decay if there is none."""
+    numbers = {name: getattr(optimizer, name) for name in list(optimizer.settings())[1:]}
+    if not numbers["weight_decay"]:
+        del numbers["weight_decay"]
+    arguments = ", ".join(f"{name}={value}" for name, value in numbers.items())
+    return f"{type(optimizer).__name__}({arguments})"
+
+
+def _decay(parameters: Parameters, rate: float) -> State:
+    """Return the rate as an array, and a vector of 1 for weights and 0 for biases.
+
+    Nothing for a rate of 0, so that no step pays for it.
+    """
+    if not rate:
+        return {}
+    kinds = [
+        (0.0 if name.endswith("bias") and shape[:1] == (1,) else 1.0, math.prod(shape))
+        for name, shape in parameters.shapes.items()
+    ]
+    decaying = np.repeat([kind for kind, _ in kinds], [size for _, size in kinds])
+    flat = parameters.flat
+    state = _scalars(parameters, weight_decay=rate)
+    return state | {"decaying": device_of(flat).asarray(decaying, flat.dtype)}
 
 
 def _scalars(parameters: Parameters, **values: float) -> State:

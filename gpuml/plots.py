@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
 import numpy as np
+
+from gpuml.devices import to_host
 
 # Colours that colour-blind readers can tell apart: Okabe, Ito: Color Universal Design, 2008.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -15,34 +18,35 @@ MARKERS = "osD^vPX"
 SECTOR = 32  # bytes: the least that a GPU fetches from its memory at once
 LINE = 128  # bytes: four sectors, a cache line
 
-LINES = {
-    "loss": {"label": "training", "color": COLORS[0]},
-    "validation_loss": {"label": "held out", "color": COLORS[1]},
-    "validation_accuracy": {"label": "held out", "color": COLORS[1]},
-}
+MOST_WRITTEN = 30  # classes of a confusion matrix whose counts can be read
 
 
 def history(
     columns: Mapping[str, Sequence[float]], device: str, axes: Sequence[Any] | None = None
 ) -> Any:
-    """Draw loss against epoch, and beside it accuracy where there is one.
+    """Draw loss against epoch, and beside it each other metric, and a learning rate that changes.
 
     Parameters
     ----------
     columns : mapping of str to sequence of float
-        ``epoch``, ``loss``, and where measured ``validation_loss``, ``validation_accuracy``.
+        ``epoch``, ``loss``, and where measured ``validation_loss``, ``validation_accuracy``,
+        ``validation_r2`` or others, ``learning_rate``. ``seconds`` is not drawn.
     device : str
         On what it was measured; written under the figure.
     axes : sequence of matplotlib.axes.Axes, optional
-        Where to draw: one, or two if there is an accuracy. A new figure unless given.
+        Where to draw: one for the losses, one for each other metric, one for a learning rate that
+        changes. A new figure unless given.
 
     Returns
     -------
     matplotlib.figure.Figure
+
+    Raises
+    ------
+    ValueError
+        If there are no epochs, or too few or too many axes.
     """
-    panels = [["loss", "validation_loss"], ["validation_accuracy"]]
-    panels = [[name for name in panel if name in columns] for panel in panels]
-    panels = [panel for panel in panels if panel]
+    panels = _panels(columns)
     if axes is None:
         from matplotlib import pyplot
 
@@ -50,17 +54,23 @@ def history(
             1, len(panels), figsize=(4.5 * len(panels), 3.2), layout="constrained", squeeze=False
         )
         axes = list(grid[0])
-    for axis, panel in zip(axes, panels, strict=True):
-        for name in panel:
-            marker = "o" if len(columns["epoch"]) < 2 else ""
-            axis.plot(columns["epoch"], columns[name], marker=marker, **LINES[name])
+    if len(axes) != len(panels):
+        raise ValueError(f"{len(panels)} axes are needed, for {', '.join(panels)}; got {len(axes)}")
+    for axis, (quantity, lines) in zip(axes, panels.items(), strict=True):
+        for name in lines:
+            held_out = name.startswith("validation_")
+            axis.plot(
+                columns["epoch"],
+                columns[name],
+                color=COLORS[held_out],
+                label="held out" if held_out else "training",
+                marker="o" if len(columns["epoch"]) < 2 else "",
+            )
+        _metric_axis(axis, quantity, [columns[name] for name in lines])
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
-        axis.set_ylabel("accuracy" if "accuracy" in panel[0] else "loss")
-        if "accuracy" not in panel[0] and min(min(columns[name]) for name in panel) > 0:
-            axis.set_yscale("log")
-        axis.grid(alpha=0.3)
-        axis.legend()
+        if quantity != "learning_rate":
+            axis.legend()
     figure = axes[0].figure
     figure.supxlabel(f"measured on {device}", fontsize="small", color="gray")
     return figure
@@ -80,10 +90,113 @@ def save_history(
     """
     from matplotlib.figure import Figure
 
-    n_panels = 2 if "validation_accuracy" in columns else 1
+    n_panels = len(_panels(columns))
     figure = Figure(figsize=(4.5 * n_panels, 3.2), layout="constrained")
     history(columns, device, list(figure.subplots(1, n_panels, squeeze=False)[0]))
     figure.savefig(path, dpi=144)
+
+
+def histories(
+    runs: Mapping[str, Mapping[str, Sequence[float]]],
+    device: str,
+    column: str = "loss",
+    *,
+    against: str = "epoch",
+    axis: Any = None,
+) -> Any:
+    """Draw one column of several runs, a line each; losses on a logarithmic scale.
+
+    Parameters
+    ----------
+    runs : mapping of str to mapping of str to sequence of float
+        The columns of each run, by its name.
+    device : str
+        On what they were measured; written under the figure.
+    column : str
+        What to draw.
+    against : {"epoch", "seconds"}
+        What the horizontal axis shows: another column.
+    axis : matplotlib.axes.Axes, optional
+        Where to draw; a new figure unless given.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    axis = _axis(axis)
+    for i, (name, columns) in enumerate(runs.items()):
+        axis.plot(
+            columns[against],
+            columns[column],
+            label=name,
+            markevery=max(1, len(columns[column]) // 8),
+            linestyle=("-", "--", ":", "-.")[i // len(COLORS) % 4],
+            **_style(i),
+        )
+    _metric_axis(axis, column, [columns[column] for columns in runs.values()])
+    axis.set_xlabel("time [s]" if against == "seconds" else against)
+    if against == "epoch":
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    axis.legend(fontsize="small")
+    axis.figure.supxlabel(f"measured on {device}", fontsize="small", color="gray")
+    return axis.figure
+
+
+def confusion_matrix(
+    counts: Any, class_names: Sequence[Any] | None = None, title: str = "", axis: Any = None
+) -> Any:
+    """Draw how often each class was predicted for each class, the counts in the cells.
+
+    A cell is the darker, the larger its share of its row is: of the samples of that class.
+
+    Parameters
+    ----------
+    counts : array of int, shape (n_classes, n_classes)
+        From :func:`gpuml.confusion_matrix`, on any device; row: true class, column: predicted.
+    class_names : sequence, optional
+        What to call the classes; by their numbers unless given.
+    title : str
+        What was predicted, and on which device.
+    axis : matplotlib.axes.Axes, optional
+        Where to draw; a new figure unless given.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ValueError
+        If `counts` is not square, or there is not one name for each class.
+    """
+    counts = np.asarray(to_host(counts))
+    n = len(counts)
+    if counts.shape != (n, n) or n == 0:
+        raise ValueError(f"counts have shape {counts.shape}, expected (n_classes, n_classes)")
+    names = [str(name) for name in (range(n) if class_names is None else class_names)]
+    if len(names) != n:
+        raise ValueError(f"{n} classes are counted, {len(names)} have names")
+    texts = [f"{count:,}" for count in counts.flat]
+    cell = max(0.42, 0.08 * max(map(len, texts)) + 0.1) if n <= MOST_WRITTEN else 0.06  # inches
+    margin = 0.09 * max(map(len, names))
+    axis = _axis(axis, width=max(3.2, 1.8 + margin + cell * n), height=1.1 + margin + cell * n)
+
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if n <= MOST_WRITTEN:
+        for (row, column), share, text in zip(np.ndindex(n, n), shares.flat, texts, strict=True):
+            color = "white" if share > 0.65 else "black" if counts[row, column] else "0.5"
+            axis.text(column, row, text, ha="center", va="center", color=color, fontsize=9)
+    tilted = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    step = -(-n // MOST_WRITTEN)  # of the classes that are named at the axes
+    places = range(0, n, step)
+    axis.set_xticks(places, names[::step], **(tilted if max(map(len, names)) > 3 else {}))
+    axis.set_yticks(places, names[::step])
+    axis.set_xlabel("predicted class")
+    axis.set_ylabel("true class")
+    axis.figure.colorbar(image, ax=axis, label="share of the true class", shrink=0.75)
+    axis.set_title(title, fontsize="medium")
+    return axis.figure
 
 
 def images(pictures: Any, titles: Sequence[str], n_columns: int = 10) -> Any:
@@ -506,6 +619,28 @@ def _tile(axis: Any, left: int, top: int, size: int, color: str, text: str) -> N
         va="center",
         bbox={"facecolor": "white", "edgecolor": "none", "boxstyle": "circle,pad=0.25"},
     )
+
+
+def _panels(columns: Mapping[str, Sequence[float]]) -> dict[str, list[str]]:
+    """Group the columns of a history by what they measure: on training and on held-out data."""
+    if not columns.get("epoch"):
+        raise ValueError("there is no finished epoch to draw")
+    panels: dict[str, list[str]] = {}
+    for name in columns:
+        if name not in ("epoch", "seconds", "learning_rate"):
+            panels.setdefault(name.removeprefix("validation_"), []).append(name)
+    if len(set(columns.get("learning_rate", ()))) > 1:
+        panels["learning_rate"] = ["learning_rate"]
+    return panels
+
+
+def _metric_axis(axis: Any, quantity: str, lines: Sequence[Sequence[float]]) -> None:
+    """Name the vertical axis; losses get a logarithmic scale unless one is not positive."""
+    axis.set_ylabel(" ".join("R²" if word == "r2" else word for word in quantity.split("_")))
+    values = [value for line in lines for value in line if not math.isnan(value)]
+    if quantity.endswith("loss") and min(values, default=0) > 0:
+        axis.set_yscale("log")
+    axis.grid(alpha=0.3)
 
 
 def _axis(axis: Any, width: float = 6.4, height: float = 3.8) -> Any:

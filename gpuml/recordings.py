@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import operator
+import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib import metadata, resources
 from os import PathLike
@@ -15,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from gpuml.blocked import BlockReport, blocked_matmul
 from gpuml.devices import CPU, Device, get_device, to_host
 from gpuml.errors import DataError, unknown_name
 from gpuml.kernels import load_kernel
@@ -36,6 +38,8 @@ PRODUCT_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 TRANSFER_SIZES = tuple(4**i for i in range(5, 15))  # 1 KiB to 256 MiB
 LADDER_SIZE = 2048
 QUEUED_SIZE = 4096
+BLOCKED_SHAPES = {"square": (16384, 16384, 16384), "tall": (131072, 8192, 64)}  # m, k, n
+BLOCKED_LIMIT = "1 GiB"
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,9 @@ class Recording:
         finished.
     cases : dict of str to dict of str to Measurement
         The three cases of :func:`measure_cases`, on each device.
+    blocked : dict of str to BlockReport
+        Products of host matrices by :func:`gpuml.blocked_matmul`: ``square`` and ``tall``; empty
+        without a GPU.
     """
 
     device: str
@@ -79,6 +86,7 @@ class Recording:
     ladder: dict[str, Measurement]
     queued: dict[str, float]
     cases: dict[str, dict[str, Measurement]]
+    blocked: dict[str, BlockReport] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -91,11 +99,12 @@ class Recording:
         Returns
         -------
         dict of str to matplotlib.figure.Figure
-            ``products`` and ``roofline``; on a GPU also ``crossover``, ``transfers``, ``ladder``.
+            ``products`` and ``roofline``; on a GPU also ``crossover``, ``transfers``, ``ladder``,
+            ``blocked``.
         """
         names = ["products", "roofline"]
         if self.ladder:
-            names += ["crossover", "transfers", "ladder"]
+            names += ["crossover", "transfers", "ladder", "blocked"]
         return {name: getattr(self, f"plot_{name}")() for name in names}
 
     def plot_products(self) -> Any:
@@ -125,6 +134,13 @@ class Recording:
         n = LADDER_SIZE
         return plots.ladder(rates, f"product of two {n} × {n} matrices\n{self.label}")
 
+    def plot_blocked(self, name: str = "square") -> Any:
+        """Draw the time line of a product within a small part of the memory."""
+        report = self.blocked[name]
+        plan = report.plan
+        sizes = f"({plan.m:,} × {plan.k:,}) @ ({plan.k:,} × {plan.n:,})"
+        return report.plot(f"{sizes} within {BLOCKED_LIMIT}\n{self.label}")
+
     def __str__(self) -> str:
         lines = [f"{name}: {m}" for name, m in (self.points | self.ladder).items()]
         return "\n\n".join([str(self.ceilings), str(self.products), "\n".join(lines)])
@@ -132,7 +148,9 @@ class Recording:
     def save(self, path: str | PathLike[str]) -> None:
         """Write the recording as JSON."""
         with replacing(path) as temporary:
-            temporary.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+            blocked = {name: report.to_json() for name, report in self.blocked.items()}
+            table = asdict(self) | {"blocked": blocked}
+            temporary.write_text(_text(table) + "\n", encoding="utf-8")
 
 
 def record(device: Device | str | None = None, *, command: str = COMMAND) -> Recording:
@@ -180,6 +198,7 @@ def record(device: Device | str | None = None, *, command: str = COMMAND) -> Rec
         ladder=ladder,
         queued=measure_queued(where),
         cases=measure_cases([CPU] if where == CPU else [CPU, where]),
+        blocked=measure_blocked(where) if where.kind == "gpu" else {},
     )
 
 
@@ -219,6 +238,12 @@ def recorded(name: str | PathLike[str] = "nvidia_h200") -> Recording:
         raise DataError(f"{file.name} is not a recording ({error!r}); {cure}") from None
 
 
+def _text(table: dict[str, Any]) -> str:
+    """Return a table as JSON, pairs of numbers on one line."""
+    text = json.dumps(table, indent=1)
+    return re.sub(r"\[\s+([-\d.e]+),\s+([-\d.e]+)\s+\]", r"[\1, \2]", text)
+
+
 def _from_json(table: dict[str, Any]) -> Recording:
     made = {
         "ceilings": Ceilings(**table["ceilings"]),
@@ -230,6 +255,7 @@ def _from_json(table: dict[str, Any]) -> Recording:
             name: {device: Measurement(**m) for device, m in case.items()}
             for name, case in table["cases"].items()
         },
+        "blocked": {name: BlockReport.from_json(r) for name, r in table.get("blocked", {}).items()},
     }
     return Recording(**(table | made))
 
@@ -359,6 +385,31 @@ def measure_cases(
             for name, measurement in measured(device).items():
                 cases.setdefault(name, {})[device.kind] = measurement
     return cases
+
+
+def measure_blocked(device: Device) -> dict[str, BlockReport]:
+    """Multiply host matrices within a small part of a GPU's memory: square ones, and a tall one.
+
+    Parameters
+    ----------
+    device : Device
+        A GPU.
+
+    Returns
+    -------
+    dict of str to BlockReport
+        ``square``, where arithmetic takes longest, and ``tall``, where moving the matrix does.
+    """
+    generator = np.random.default_rng(0)
+    reports = {}
+    for name, (m, k, n) in BLOCKED_SHAPES.items():
+        a = np.tile(generator.random((1024, k), np.float32), (m // 1024, 1))
+        b, out = generator.random((k, n), np.float32), np.zeros((m, n), np.float32)
+        for _ in range(2):  # the first call allocates its buffers
+            _, reports[name] = blocked_matmul(
+                a, b, out=out, memory_limit=BLOCKED_LIMIT, device=device, return_report=True
+            )
+    return reports
 
 
 def measure_ladder(device: Device, *, size: int = LADDER_SIZE) -> dict[str, Measurement]:

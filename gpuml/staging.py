@@ -12,13 +12,14 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
 from gpuml.blocking import EMPTY, FILL, IN, OUT
-from gpuml.devices import Array, Device
+from gpuml.devices import CPU, Array, Device
 
 # On an NVIDIA H200 host with 16 cores: 1 MiB buffers 6, 2 MiB 11, 4 MiB 39, 8 MiB 50 GB/s with 12
 # threads. The smaller they are, the more often the threads wait for Python's lock.
@@ -38,6 +39,11 @@ class Trace:
             device.synchronize()
             self._zero = self.event()
         self._start = time.perf_counter()
+
+    @classmethod
+    def none(cls) -> Trace:
+        """Return a trace that notes nothing."""
+        return _NoTrace(CPU)
 
     @staticmethod
     def event() -> Any:
@@ -75,6 +81,14 @@ class Trace:
         found.sort()
         groups = itertools.groupby(found, key=lambda item: item[0])
         return {kind: np.array([item[1:] for item in group]) for kind, group in groups}
+
+
+class _NoTrace(Trace):
+    def on_host(self, kind: str, begin: float, end: float) -> None:
+        pass
+
+    def on_device(self, kind: str, begin: Any, end: Any) -> None:
+        pass
 
 
 class Transfer:
@@ -126,8 +140,8 @@ class Transfer:
         row, column = (i // self._across) * self._rows, (i % self._across) * self._columns
         address = there.data.ptr + row * there.strides[0] + column * there.itemsize
         height, width = pinned.shape[0], pinned.shape[1] * there.itemsize
-        pitch = pinned.strides[0] if height > 1 else width
-        to, back = (address, there.strides[0]), (pinned.ctypes.data, pitch)
+        pitches = (there.strides[0], pinned.strides[0]) if height > 1 else (width, width)
+        to, back = (address, pitches[0]), (pinned.ctypes.data, pitches[1])
         if self.after is not None:
             self.stream.wait_event(self.after)
             to, back = back, to
@@ -193,9 +207,8 @@ class Stager:
         self._waiting: deque[Transfer] = deque()
         self._changed = threading.Condition()
         self._closed = False
-        self._threads = [threading.Thread(target=self._work, daemon=True) for _ in range(n_threads)]
-        for thread in self._threads:
-            thread.start()
+        self._n_threads = n_threads
+        self._threads: list[threading.Thread] = []  # begun when there is something to copy
 
     def __enter__(self) -> Stager:
         return self
@@ -210,7 +223,7 @@ class Stager:
         for thread in self._threads:
             thread.join()
 
-    def load(self, source: Array, target: Array, stream: Any) -> Transfer:
+    def load(self, source: Array, target: Array, stream: Any, rows: Any = None) -> Transfer:
         """Copy a host array to the device, converted to its type on the way.
 
         Parameters
@@ -221,11 +234,15 @@ class Stager:
             Its rows contiguous.
         stream : cupy.cuda.Stream
             Where the copies are queued.
+        rows : numpy.ndarray of int, shape (m,), optional
+            Which rows of `source` to gather; then it may have any number of rows.
 
         Returns
         -------
         Transfer
         """
+        if rows is not None:
+            source = _Gathered(source, rows, slice(None))
         return self._submit(source, target, stream, None)
 
     def store(self, source: Array, target: Array, stream: Any, after: Any) -> Transfer:
@@ -249,20 +266,22 @@ class Stager:
         return self._submit(target, source, stream, after)
 
     def _submit(self, host: Array, there: Array, stream: Any, after: Any) -> Transfer:
-        straight = host.dtype == there.dtype and host.strides[1] == host.itemsize
-        if straight and host.strides[0] >= 0 and is_pinned(host):
+        if not isinstance(host, _Gathered) and host.dtype == there.dtype and _goes_straight(host):
             transfer = Transfer(host, there, stream, after, None)
             events = transfer.copy(0, host)
             self._trace.on_device(IN if after is None else OUT, *events)
             transfer.note(queued=1)
             transfer.straight = events[1]
             return transfer
-        share = -(-there.size * there.itemsize // len(self._threads))
+        share = -(-there.size * there.itemsize // self._n_threads)
         part_bytes = min(BUFFER_BYTES, max(share, LEAST_BYTES))
         transfer = Transfer(host, there, stream, after, part_bytes)
         with self._changed:
             self._waiting.append(transfer)
             self._changed.notify_all()
+        while len(self._threads) < self._n_threads:
+            self._threads.append(threading.Thread(target=self._work, daemon=True))
+            self._threads[-1].start()
         return transfer
 
     def _next(self) -> tuple[Transfer, int] | None:
@@ -298,7 +317,10 @@ class Stager:
         source = transfer.part(i)
         pinned = buffer.array(source.shape, transfer.there.dtype)
         begin = time.perf_counter()
-        np.copyto(pinned, source, casting="unsafe")
+        if isinstance(source, _Gathered):
+            source.copy_to(pinned)
+        else:
+            np.copyto(pinned, source, casting="unsafe")
         self._trace.on_host(FILL, begin, time.perf_counter())
         events = transfer.copy(i, pinned)
         buffer.copied = events[1]
@@ -319,6 +341,30 @@ class Stager:
         transfer.note(finished=1)
 
 
+@dataclass(frozen=True)
+class _Gathered:
+    """Some rows of a host array, gathered when they are copied."""
+
+    source: Array
+    rows: Any
+    columns: slice
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        first, last, _ = self.columns.indices(self.source.shape[1])
+        return len(self.rows), last - first
+
+    def __getitem__(self, part: tuple[slice, slice]) -> _Gathered:
+        return _Gathered(self.source, self.rows[part[0]], part[1])
+
+    def copy_to(self, pinned: Array) -> None:
+        source = self.source[:, self.columns]
+        if source.dtype == pinned.dtype and source.flags.c_contiguous:
+            np.take(source, self.rows, axis=0, out=pinned, mode="clip")
+        else:
+            np.copyto(pinned, source[self.rows], casting="unsafe")
+
+
 class _Buffer:
     """A pinned buffer, and the event after which it is free again."""
 
@@ -336,6 +382,12 @@ class _Buffer:
     def wait(self) -> None:
         if self.copied is not None:
             self.copied.synchronize()
+
+
+def _goes_straight(host: Array) -> bool:
+    """Return whether an array can be copied as it is: pinned, its rows contiguous and apart."""
+    apart = len(host) == 1 or host.strides[0] >= host.shape[1] * host.itemsize
+    return bool(host.strides[1] == host.itemsize and apart) and is_pinned(host)
 
 
 def is_pinned(array: Array) -> bool:

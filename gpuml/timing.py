@@ -7,6 +7,9 @@ nothing; here the device itself notes when work begins and ends.
 from __future__ import annotations
 
 import math
+import mmap
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -676,6 +679,86 @@ def gemm_type(name: str) -> Iterator[Any]:
 
 def _fetch(there: Any, host: np.ndarray[Any, Any]) -> None:
     there.get(out=host)
+
+
+@dataclass
+class MemoryUse:
+    """How much more memory was in use, at most, than at the beginning: see :func:`watch_memory`.
+
+    Attributes
+    ----------
+    most : int
+        Bytes.
+    """
+
+    most: int = 0
+
+
+def resident_memory() -> int:
+    """Return the bytes of this process that are in memory; 0 where the system does not say."""
+    try:
+        with open("/proc/self/statm", encoding="ascii") as file:
+            return int(file.read().split()[1]) * mmap.PAGESIZE
+    except OSError:
+        pass  # not Linux
+    try:
+        import resource
+    except ImportError:
+        return 0  # Windows
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextmanager
+def watch_memory(device: Device | str | None = None) -> Iterator[MemoryUse]:
+    """Watch how much memory is used inside a ``with`` block, by looking every millisecond.
+
+    Parameters
+    ----------
+    device : Device or str, optional
+        What :func:`gpuml.get_device` returns unless given. On a GPU the memory that its driver
+        has given to all programs is watched; on the CPU this process's memory. It stays 0
+        where the system does not say.
+
+    Yields
+    ------
+    MemoryUse
+        Grows while the block runs.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> with watch_memory("cpu") as used:
+    ...     ones = np.ones(10_000_000)
+    >>> used.most == 0 or used.most > 70_000_000
+    True
+    """
+    where, used, over = get_device(device), MemoryUse(), threading.Event()
+
+    def look() -> None:
+        if where.kind == "cpu":
+            now = resident_memory()
+        else:
+            with where.use():
+                free, total = where.xp.cuda.runtime.memGetInfo()
+            now = total - free
+        used.most = max(used.most, now - before) if before else now
+
+    def watch() -> None:
+        while not over.wait(1e-3):
+            look()
+
+    before = 0
+    look()
+    before, used.most = used.most, 0
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield used
+    finally:
+        look()
+        over.set()
+        watcher.join()
 
 
 def transfer_bandwidths(

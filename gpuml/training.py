@@ -5,116 +5,45 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Mapping
+from contextlib import suppress
 from os import PathLike
-from typing import Any, TypeAlias
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from gpuml.batches import batches
-from gpuml.devices import CPU, Array, array_module, blas_threads, device_of, to_host
+from gpuml.batches import (
+    GATHERED_BYTES,
+    ArrayBatches,
+    Batch,
+    Batches,
+    GivenBatches,
+    StreamedBatches,
+)
+from gpuml.blocking import parse_size
+from gpuml.checkpoints import fingerprint_data, load_checkpoint, save_checkpoint
+from gpuml.devices import CPU, Array, Device, array_module, blas_threads, device_of, to_host
 from gpuml.errors import GpumlError
+from gpuml.history import History
 from gpuml.losses import Loss, get_loss, mean_squared_error, softmax_cross_entropy
-from gpuml.model_files import replacing
-from gpuml.models import Model
-from gpuml.optimizers import Optimizer, get_optimizer
-
-# (x, y) -> the loss before the step; one step changes the parameters in place
-Step: TypeAlias = Callable[[Array, Array], Array]
+from gpuml.memory_maps import mapped_file
+from gpuml.models import Linear, Model
+from gpuml.optimizers import GradientDescent, Optimizer, get_optimizer
+from gpuml.regression import largest_stable_learning_rate
+from gpuml.schedules import Schedule, get_schedule
+from gpuml.staging import Trace
+from gpuml.steps import Engine, GramStep, Step, make_step, set_learning_rate
 
 # How often, in seconds, a running epoch looks at its losses and moves the progress bar. Each look
 # waits for the device.
 HEARTBEAT = 0.5
 
+# The share of a GPU's free memory that data are copied to as a whole; larger data are streamed.
+DATA_SHARE = 0.5
+
 # Rows in one forward pass where no gradient is needed; it bounds the memory.
 EVALUATED_ROWS = 8192
-
-
-class History:
-    """What training did, epoch by epoch: a table that prints, plots and exports itself.
-
-    Attributes
-    ----------
-    columns : dict of str to list of float
-        ``epoch`` (from 1), ``loss`` (mean over the epoch's samples, each before its step),
-        ``validation_loss`` and ``validation_accuracy`` where there were validation data and
-        classes, and ``seconds`` since the start.
-    device : str
-        On what it ran.
-    engine : str
-        How the steps ran: ``"eager"``.
-    n_samples, batch_size : int
-        Samples in each epoch, and in each full batch.
-    """
-
-    def __init__(self, *, device: str, engine: str, n_samples: int, batch_size: int) -> None:
-        self.columns: dict[str, list[float]] = {}
-        self.device = device
-        self.engine = engine
-        self.n_samples = n_samples
-        self.batch_size = batch_size
-
-    def append(self, row: Mapping[str, float]) -> None:
-        """Add one epoch's row."""
-        for name, value in row.items():
-            self.columns.setdefault(name, []).append(value)
-
-    def truncate(self, n_epochs: int) -> None:
-        """Drop what came after the first `n_epochs` epochs."""
-        for column in self.columns.values():
-            del column[n_epochs:]
-
-    def __getitem__(self, column: str) -> list[float]:
-        """Return one column, such as ``history["loss"]``."""
-        return self.columns[column]
-
-    def __len__(self) -> int:
-        """Return the number of finished epochs."""
-        return len(self.columns.get("epoch", ()))
-
-    @property
-    def n_steps(self) -> int:
-        """How many steps were taken in the finished epochs."""
-        return len(self) * math.ceil(self.n_samples / self.batch_size)
-
-    @property
-    def seconds(self) -> float:
-        """How long the finished epochs took, validation included."""
-        return self.columns["seconds"][-1] if len(self) else 0.0
-
-    @property
-    def samples_per_second(self) -> float:
-        """Training samples per second over all finished epochs."""
-        return len(self) * self.n_samples / self.seconds if self.seconds else 0.0
-
-    def to_csv(self, path: str | PathLike[str]) -> None:
-        """Write the table as comma-separated values, one row an epoch."""
-        rows = [",".join(self.columns)]
-        rows += [",".join(map(repr, row)) for row in zip(*self.columns.values(), strict=True)]
-        with replacing(path) as temporary:
-            temporary.write_text("\n".join(rows) + "\n", encoding="utf-8", newline="\n")
-
-    def plot(self, axes: Any = None) -> Any:
-        """Draw the losses, and the accuracy if there is one; see :func:`gpuml.plots.history`."""
-        from gpuml import plots
-
-        return plots.history(self.columns, self.device, axes)
-
-    def _cells(self) -> Iterator[list[str]]:
-        yield list(self.columns)
-        for row in zip(*self.columns.values(), strict=True):
-            yield [f"{value:.4g}" if isinstance(value, float) else str(value) for value in row]
-
-    def __str__(self) -> str:
-        rows = list(self._cells())
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        return "\n".join(
-            "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-            for row in rows
-        )
-
-    def __repr__(self) -> str:
-        return f"History({len(self)} epochs, {self.engine}, {self.device})"
 
 
 class DivergenceError(GpumlError, ArithmeticError):
@@ -143,16 +72,22 @@ class TrainingInterrupted(KeyboardInterrupt):
 
 def train(
     model: Model,
-    X: Array,
-    y: Array,
+    X: Any,
+    y: Array | None = None,
     *,
     loss: str | Loss | None = None,
     optimizer: str | Optimizer = "adam",
     n_epochs: int = 10,
     batch_size: int | None = 64,
     validation_data: tuple[Array, Array] | None = None,
+    schedule: str | Schedule | None = None,
+    patience: int | None = None,
     shuffle: bool = True,
     seed: int = 0,
+    checkpoint: str | PathLike[str] | None = None,
+    checkpoint_every: int | str = 1,
+    memory_limit: int | str | None = None,
+    engine: Engine | None = None,
     progress: bool | None = None,
 ) -> History:
     """Train a model in place, on the device where it lives, and return what happened.
@@ -161,8 +96,10 @@ def train(
     ----------
     model : Model
         Its parameters change.
-    X : array of shape (n_samples, n_features)
-        On the model's device, or in host memory: then it is copied to the device once.
+    X : array of shape (n_samples, n_features), or iterable of (x, y)
+        On the model's device, or in host memory, or a memory map: then it is copied to the device
+        once if it fits there, and streamed if it does not. Or, without `y`, anything that
+        yields batches each time it is iterated over, such as a list of pairs.
     y : array of shape (n_samples,) or (n_samples, n_outputs)
         Integer labels from 0 for classification, numbers for regression; where `X` is.
     loss : str or callable, optional
@@ -177,11 +114,30 @@ def train(
     batch_size : int or None
         Samples in a step; the last step of an epoch may have fewer. None for all at once.
     validation_data : (X, y), optional
-        Samples never trained on; loss and accuracy on them are measured after each epoch.
+        Samples never trained on; the loss, and accuracy or R², are measured after each epoch.
+    schedule : str or callable, optional
+        By what factor the learning rate is multiplied in each epoch: see
+        :mod:`gpuml.schedules`.
+    patience : int, optional
+        Stop when the validation loss has not improved for so many epochs, and take the weights
+        of the best one.
     shuffle : bool
-        Whether each epoch has its own order of the samples.
+        Whether each epoch has its own order of the samples. A memory map is shuffled by blocks of
+        neighbouring rows, and the rows of some blocks among each other.
     seed : int
         For that order. The same seed on the same device gives the same bits.
+    checkpoint : path, optional
+        A file in which the state of training is kept. The same call goes on from there and
+        ends with the same bits as if nothing had happened.
+    checkpoint_every : int or str
+        Epochs between two writes, or a time: ``"10 min"``.
+    memory_limit : int or str, optional
+        Device memory for data, such as ``"2 GiB"``; half of what is free unless given. What is
+        larger is streamed.
+    engine : {"eager", "one_pass", "gram"}, optional
+        How a step runs; the best that can hold it unless given. ``"one_pass"`` reads the batch
+        of a linear model once. ``"gram"``, never chosen by itself, takes full-batch least
+        squares from XᵀX and XᵀY: see :class:`gpuml.Gram` for its rounding.
     progress : bool, optional
         Whether to show a progress bar on standard error; if that is a terminal unless given.
 
@@ -195,6 +151,8 @@ def train(
         If `X` lives on a GPU and the model elsewhere.
     ValueError
         If shapes do not fit, labels are not classes of the model, or a setting is out of range.
+    CheckpointError
+        If the checkpoint is of another model, data or setting; the message names the difference.
     DivergenceError
         If the loss or the weights stop being finite.
     TrainingInterrupted
@@ -215,55 +173,315 @@ def train(
         batch_size = _positive_integer("batch_size", batch_size)
     if validation_data is not None and len(validation_data) != 2:
         raise ValueError("validation_data must be a pair: (X, y)")
+    if patience is not None:
+        patience = _positive_integer("patience", patience)
+        if validation_data is None:
+            raise ValueError("patience needs validation_data to watch")
     optimizer = get_optimizer(optimizer)
-    device = model.device
-    with device.use():
-        loss = get_loss(loss or _usual_loss(y))
-        X, y = _prepared(model, X, y, loss)
+    limit = None if memory_limit is None else parse_size(memory_limit)
+    with model.device.use():
+        loss = get_loss(loss or _usual_loss(X, y))
+        data = _source(model, X, y, loss, batch_size, limit)
+        held_out = None
         if validation_data is not None:
-            validation_data = _prepared(model, *validation_data, loss)
-        batch_size = min(batch_size or len(X), len(X))
-        n_steps = math.ceil(len(X) / batch_size)
+            held_out = _source(model, *validation_data, loss, EVALUATED_ROWS, limit)
+        step = make_step(model, loss, optimizer, data, engine)
         history = History(
-            device=str(device), engine="eager", n_samples=len(X), batch_size=batch_size
+            device=str(model.device),
+            engine=step.engine,
+            n_samples=data.n_samples,
+            batch_size=data.batch_size,
         )
-        generator = np.random.default_rng(seed) if shuffle else None
-        step = _make_step(model, loss, optimizer)
-        losses = device.xp.zeros(n_steps, model.dtype)
-        good = _Good(model.parameters.flat)
-        bar = _ProgressBar(progress, n_epochs, n_steps)
-        start = time.perf_counter()
+        run = _Run(model, data, held_out, loss, step, history)
+        run.generator = np.random.default_rng(seed) if shuffle else None
+        run.schedule = None if schedule is None else get_schedule(schedule)
+        run.patience = patience
+        if checkpoint is not None:
+            facts = {
+                "model": repr(model),
+                "loss": loss.__name__,
+                "optimizer": _settings(optimizer),
+                "engine": step.engine,
+                "device": model.device.kind,
+                "batch size": data.batch_size,
+                "shuffle": shuffle,
+                "seed": seed,
+                "schedule": repr(run.schedule),
+                "epochs of the schedule": n_epochs if run.schedule else None,
+                "patience": patience,
+                "data": _fingerprint(X, y),
+                "validation data": None if held_out is None else _fingerprint(*validation_data),  # type: ignore[misc]
+            }
+            run.checkpoint = _Checkpoint(checkpoint, facts, checkpoint_every)
+            run.take_up()
+        bar = _ProgressBar(progress, n_epochs, data.n_steps, len(history))
         try:
             # NumPy's warnings about overflow say less than DivergenceError, which follows them.
-            with blas_threads(_largest_product(model, batch_size)), np.errstate(all="ignore"), bar:
-                for epoch in range(1, n_epochs + 1):
-                    row: dict[str, float] = {"epoch": epoch}
-                    row["loss"] = _one_epoch(
-                        step, batches(X, y, batch_size, generator=generator), losses, bar
-                    )
-                    if not bool(device.xp.isfinite(model.parameters.flat).all()):
-                        raise _NotFiniteError(n_steps, "a weight")
-                    if validation_data is not None:
-                        for name, value in _evaluate(model, *validation_data, loss).items():
-                            if not math.isfinite(value):
-                                raise _NotFiniteError(n_steps, f"the validation {name}")
-                            row[f"validation_{name}"] = value
-                    row["seconds"] = time.perf_counter() - start
-                    history.append(row)
-                    good.keep(epoch)
-                    bar.show_epoch(row)
+            threads = blas_threads(_largest_product(model, data.batch_size))
+            with threads, np.errstate(all="ignore"), bar:
+                run.train(n_epochs, bar)
         except BaseException as error:
-            history.truncate(good.restore())
+            run.give_up()
             if isinstance(error, KeyboardInterrupt):
                 raise TrainingInterrupted(history) from None
             if isinstance(error, _NotFiniteError):
-                data = {"X": X, "y": y}
+                named = {"X": X, "y": y}
                 if validation_data is not None:
-                    data |= {"X of the validation data": validation_data[0]}
-                    data |= {"y of the validation data": validation_data[1]}
-                raise DivergenceError(_explain(error, data, optimizer, history), history) from None
+                    named |= {"X of the validation data": validation_data[0]}
+                    named |= {"y of the validation data": validation_data[1]}
+                message = _explain(error, named, optimizer, history, model, loss)
+                raise DivergenceError(message, history) from None
             raise
     return history
+
+
+class _Run:
+    """One training: what it works on, and where it stands.
+
+    Between two epochs nothing waits for the device. Whether an epoch went well is noted there, as
+    are its loss and its weights; `look` brings that to the host now and then.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        data: Batches,
+        held_out: Batches | None,
+        loss: Loss,
+        step: Step,
+        history: History,
+    ) -> None:
+        self.model, self.data, self.held_out = model, data, held_out
+        self.loss, self.step, self.history = loss, step, history
+        self.generator: np.random.Generator | None = None
+        self.schedule: Schedule | None = None
+        self.patience: int | None = None
+        self.checkpoint: _Checkpoint | None = None
+        self.best: tuple[float, int, Array] | None = None  # validation loss, epoch, weights
+        self.flat = model.parameters.flat
+        # The weights of the last two epochs that ended well, in turn: an interruption at any
+        # moment finds those that the history tells of.
+        self.good = [self.flat.copy(), self.flat.copy()]
+        xp = self.xp = model.device.xp
+        self.losses = xp.zeros(data.n_steps, model.dtype)
+        self.sizes = np.zeros(data.n_steps)  # samples of each step
+        self.pending: list[tuple[dict[str, float], Array, Any]] = []  # epochs not looked at yet
+        self.fine, self.n_good = xp.ones((), bool), xp.zeros((), np.int64)
+        self.bad_step = xp.zeros((), np.int64)
+        rate = step.state.get("learning_rate")
+        self.base_rate = None if rate is None else rate.copy()
+        self.clock = _Clock(model.device)
+
+    def train(self, n_epochs: int, bar: _ProgressBar) -> None:
+        """Train to the end, or until patience runs out."""
+        looked = time.monotonic()
+        self.clock.start()
+        each = self.held_out is not None or self.checkpoint is not None
+        for epoch in range(len(self.history) + 1, n_epochs + 1):
+            if self._out_of_patience():
+                break
+            row: dict[str, float] = {"epoch": epoch, "loss": math.nan}
+            if self.schedule is not None and self.base_rate is not None:
+                factor = self.schedule(epoch - 1, n_epochs)
+                set_learning_rate(self.step, self.base_rate, factor)
+                row["learning_rate"] = float(self.base_rate) * factor
+            self._one_epoch(bar)
+            self._note(row)
+            if each or time.monotonic() - looked > HEARTBEAT / 5:
+                self.look(bar)
+                looked = time.monotonic()
+        self.look(bar)
+        if self.checkpoint is not None:
+            self.checkpoint.save(self)
+        if self.best is not None:
+            if self._out_of_patience():
+                self.history.notes.append(f"stopped early: not better since epoch {self.best[1]}")
+            self.flat[...] = self.best[2]
+
+    def _one_epoch(self, bar: _ProgressBar) -> None:
+        """Take a step for each batch."""
+        if isinstance(self.step, GramStep):
+            self.losses[0], self.sizes[0] = self.step(None, None), self.data.n_samples
+        elif self.data.streamed and self.data.batch_size >= self.data.n_samples:
+            total: Any = 0.0
+            for x, y in self.data.epoch(None):
+                total = total + self.step.part(x, y, len(x) / self.data.n_samples)
+            self.step.finish()
+            self.losses[0], self.sizes[0] = total, self.data.n_samples
+        else:
+            looked = time.monotonic()
+            for i, (x, y) in enumerate(self.data.epoch(self.generator)):
+                self.losses[i] = self.step(x, y)
+                self.sizes[i] = len(x)
+                if time.monotonic() - looked > HEARTBEAT:
+                    bad = ~np.isfinite(to_host(self.losses[: i + 1]))  # and so wait for the device
+                    if bad.any():
+                        return  # no need to go on to the end of the epoch
+                    bar.show_step(i + 1)
+                    looked = time.monotonic()
+
+    def _note(self, row: dict[str, float]) -> None:
+        """Note on the device whether the epoch ended well, and if so its weights."""
+        xp = self.xp
+        finite = xp.isfinite(self.losses)
+        first_bad = xp.where(finite.all(), len(self.losses), finite.argmin())
+        xp.copyto(self.bad_step, first_bad, where=self.fine)
+        self.fine &= finite.all() & xp.isfinite(self.flat).all()
+        mean = self.losses.astype(np.float64) @ self.model.device.asarray(
+            self.sizes / self.sizes.sum()
+        )
+        xp.copyto(self.good[int(row["epoch"]) % 2], self.flat, where=self.fine)
+        self.n_good += self.fine
+        self.pending.append((row, mean, self.clock.now()))
+
+    def look(self, bar: _ProgressBar | None) -> None:
+        """Bring to the host how the last epochs went; measure them, and write the checkpoint."""
+        pending, self.pending = self.pending, []
+        if not pending:
+            return
+        n_good = min(int(self.n_good), len(pending))
+        self.n_good[...] = 0
+        for row, mean, moment in pending[:n_good]:
+            row["loss"] = float(mean)
+            if self.held_out is not None and bar is not None:
+                self._measure(row)
+                moment = self.clock.now()
+            row["seconds"] = self.clock.seconds(moment)
+            self.history.append(row)
+            if bar is not None:
+                bar.show_epoch(row)
+        if n_good < len(pending):
+            step = int(self.bad_step)
+            if step == len(self.losses):
+                raise _NotFiniteError(step, "a weight")
+            raise _NotFiniteError(step + 1, "the loss")
+        if self.checkpoint is not None and bar is not None and self.checkpoint.due(self.history):
+            self.checkpoint.save(self)
+
+    def _measure(self, row: dict[str, float]) -> None:
+        """Measure on the validation data, and remember the best epoch."""
+        assert self.held_out is not None
+        for name, value in _evaluate(self.model, self.held_out, self.loss).items():
+            if not math.isfinite(value) and name != "r2":
+                raise _NotFiniteError(self.data.n_steps, f"the validation {name}")
+            row[f"validation_{name}"] = value
+        loss = row["validation_loss"]
+        if self.patience is not None and (self.best is None or loss < self.best[0]):
+            self.best = loss, int(row["epoch"]), self.flat.copy()
+
+    def _out_of_patience(self) -> bool:
+        if self.patience is None or self.best is None:
+            return False
+        return len(self.history) - self.best[1] >= self.patience
+
+    def give_up(self) -> None:
+        """Put back the weights of the last epoch that ended well, the last of the history."""
+        if self.held_out is None:  # else epochs count only when they have been measured
+            with suppress(_NotFiniteError):
+                self.look(None)
+        self.flat[...] = self.good[len(self.history) % 2]
+
+    def take_up(self) -> None:
+        """Go on from where the checkpoint says, if there is one."""
+        assert self.checkpoint is not None
+        found = self.checkpoint.load()
+        if found is None:
+            return
+        arrays, state = found
+        self.flat[...] = self.model.device.asarray(arrays["weights"])
+        for name, array in self.step.state.items():
+            array[...] = self.model.device.asarray(arrays[f"optimizer.{name}"])
+        for good in self.good:
+            good[...] = self.flat
+        if self.generator is not None:
+            self.generator.bit_generator.state = state["generator"]
+        if state["best"] is not None:
+            loss, epoch = state["best"]
+            self.best = loss, epoch, self.model.device.asarray(arrays["best"])
+        self.history.columns = {name: list(values) for name, values in state["columns"].items()}
+        self.clock.before = self.history.seconds
+
+    def state(self) -> tuple[dict[str, Array], dict[str, Any]]:
+        """Return the arrays and the numbers from which training can go on."""
+        arrays = {"weights": self.flat}
+        arrays |= {f"optimizer.{name}": array for name, array in self.step.state.items()}
+        if self.best is not None:
+            arrays["best"] = self.best[2]
+        state = {
+            "columns": self.history.columns,
+            "generator": self.generator and self.generator.bit_generator.state,
+            "best": self.best and self.best[:2],
+        }
+        return {name: to_host(array) for name, array in arrays.items()}, state
+
+
+class _Checkpoint:
+    """A file in which the state of training is kept, and when to write it."""
+
+    def __init__(self, path: str | PathLike[str], facts: dict[str, Any], every: int | str) -> None:
+        self.path, self.facts = Path(path), facts
+        self.epochs, self.seconds = _interval(every)
+        self.written = time.monotonic()
+
+    def load(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Return what was saved, or None if there is no file."""
+        return load_checkpoint(self.path, self.facts) if self.path.exists() else None
+
+    def due(self, history: History) -> bool:
+        """Return whether it is time to write."""
+        if self.seconds is not None:
+            return time.monotonic() - self.written > self.seconds
+        return len(history) % self.epochs == 0
+
+    def save(self, run: _Run) -> None:
+        """Write the state; until that is done, the older file stays."""
+        arrays, state = run.state()
+        save_checkpoint(self.path, arrays=arrays, state=state, facts=self.facts)
+        self.written = time.monotonic()
+
+
+def _interval(every: int | str) -> tuple[int, float | None]:
+    """Return a number of epochs, or 1 and seconds, from ``5`` or ``"10 min"``."""
+    if not isinstance(every, str):
+        return _positive_integer("checkpoint_every", every), None
+    units = {"s": 1, "min": 60, "h": 3600}
+    number, _, unit = every.strip().partition(" ")
+    try:
+        seconds = float(number) * units[unit.strip()]
+    except (ValueError, KeyError):
+        seconds = 0.0
+    if not 0 < seconds < math.inf:
+        raise ValueError(
+            "checkpoint_every must be a number of epochs, or a time such as '10 min', "
+            f"got {every!r}"
+        )
+    return 1, seconds
+
+
+class _Clock:
+    """Seconds since training began, by the device's own clock where it has one."""
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.before = 0.0  # what was trained before it was taken up again
+        self.begin: Any = None
+
+    def start(self) -> None:
+        """Begin to count."""
+        self.begin = self.now()
+
+    def now(self) -> Any:
+        """Return the moment at which the device is done with all that was queued."""
+        return time.perf_counter() if self.device.kind == "cpu" else Trace.event()
+
+    def seconds(self, moment: Any) -> float:
+        """Return the seconds from the beginning to a moment."""
+        if self.device.kind == "cpu":
+            return self.before + float(moment - self.begin)
+        from cupy.cuda import get_elapsed_time
+
+        moment.synchronize()
+        return self.before + float(get_elapsed_time(self.begin, moment)) / 1e3
 
 
 def evaluate(
@@ -288,10 +506,10 @@ def evaluate(
         that of their label.
     """
     with model.device.use():
-        loss = get_loss(loss or _usual_loss(y))
-        X, y = _prepared(model, X, y, loss)
-        with blas_threads(_largest_product(model, min(len(X), EVALUATED_ROWS))):
-            return _evaluate(model, X, y, loss)
+        loss = get_loss(loss or _usual_loss(X, y))
+        data = _source(model, X, y, loss, EVALUATED_ROWS, None)
+        with blas_threads(_largest_product(model, data.batch_size)):
+            return _evaluate(model, data, loss)
 
 
 def predict(model: Model, X: Array) -> Array:
@@ -319,50 +537,55 @@ def predict(model: Model, X: Array) -> Array:
     return home.xp.concatenate(outputs)
 
 
-def _make_step(model: Model, loss: Loss, optimizer: Optimizer) -> Step:
-    """Put the step together: forward, loss, backward, update."""
-    parameters = model.parameters
-    gradients = parameters.zeros_like()
-    state = optimizer.init(parameters)
-
-    def step(x: Array, y: Array) -> Array:
-        predictions, backward = model.forward(parameters, x)
-        value, d_predictions = loss(predictions, y)
-        backward(d_predictions, gradients)
-        optimizer.update(parameters, gradients, state)
-        return value
-
-    return step
-
-
-def _one_epoch(
-    step: Step, data: Iterable[tuple[Array, Array]], losses: Array, bar: _ProgressBar
-) -> float:
-    """Take a step for each batch and return the mean loss over the samples."""
-    sizes = []
-    looked = time.monotonic()
-    for i, (x, y) in enumerate(data):
-        losses[i] = step(x, y)
-        sizes.append(len(x))
-        if time.monotonic() - looked > HEARTBEAT:
-            _refuse_non_finite(losses[: i + 1])  # and so wait for the device
-            bar.show_step(i + 1)
-            looked = time.monotonic()
-    return float(_refuse_non_finite(losses).astype(np.float64) @ sizes) / sum(sizes)
-
-
-def _evaluate(model: Model, X: Array, y: Array, loss: Loss) -> dict[str, float]:
-    """Add up loss and hits on the device, chunk by chunk, and read them once."""
-    total, hits = 0.0, 0
-    for x, targets in batches(X, y, EVALUATED_ROWS):
+def _evaluate(model: Model, data: Batches, loss: Loss) -> dict[str, float]:
+    """Add up loss and score on the device, batch by batch, and read them once."""
+    total, hits, squares = 0.0, 0, _Squares()
+    for x, targets in data.epoch(None):
         predictions = model(x)
         total = total + loss(predictions, targets)[0] * len(x)
         if loss is softmax_cross_entropy:
             hits = hits + (predictions.argmax(axis=-1) == targets).sum()
-    measured = {"loss": float(total) / len(X)}
+        elif loss is mean_squared_error:
+            squares.add(predictions, targets)
+    measured = {"loss": float(total) / data.n_samples}
     if loss is softmax_cross_entropy:
-        measured["accuracy"] = float(hits) / len(X)
+        measured["accuracy"] = float(hits) / data.n_samples
+    elif loss is mean_squared_error:
+        measured["r2"] = squares.r2()
     return measured
+
+
+class _Squares:
+    """Sums from which R² follows, batch by batch: Chan, Golub, LeVeque, 1983, for the variance."""
+
+    def __init__(self) -> None:
+        self.n = 0
+        self.mean: Any = 0.0
+        self.total: Any = 0.0  # sum of the squared distances of targets from their mean
+        self.residual: Any = 0.0
+
+    def add(self, predictions: Array, targets: Array) -> None:
+        """Count a batch."""
+        xp, n = array_module(targets), len(targets)
+        targets = targets.astype(np.float64)
+        mean = targets.mean(axis=0)
+        apart = mean - self.mean
+        self.total = (
+            self.total
+            + xp.square(targets - mean).sum(axis=0)
+            + xp.square(apart) * (self.n * n / (self.n + n))
+        )
+        self.mean = self.mean + apart * (n / (self.n + n))
+        self.n += n
+        self.residual = self.residual + xp.square(predictions - targets).sum(axis=0)
+
+    def r2(self) -> float:
+        """Return 1 - residual / total, averaged over the outputs; as metrics.r2_score."""
+        total, residual = (np.atleast_1d(to_host(a)) for a in (self.total, self.residual))
+        with np.errstate(divide="ignore", invalid="ignore"):
+            scores = 1 - residual / total
+        scores = np.where(total > 0, scores, np.where(residual > 0, 0.0, 1.0))
+        return float(scores.mean())
 
 
 class _NotFiniteError(Exception):
@@ -373,58 +596,57 @@ class _NotFiniteError(Exception):
         self.what = what
 
 
-def _refuse_non_finite(losses: Array) -> np.ndarray[Any, Any]:
-    """Bring losses to the host, unless one is not finite."""
-    values: np.ndarray[Any, Any] = to_host(losses)
-    bad = ~np.isfinite(values)
-    if bad.any():
-        raise _NotFiniteError(int(bad.argmax()) + 1, f"the loss is {values[bad][0]}, which")
-    return values
-
-
 def _explain(
-    error: _NotFiniteError, data: Mapping[str, Array], optimizer: Optimizer, history: History
+    error: _NotFiniteError,
+    data: Mapping[str, Any],
+    optimizer: Optimizer,
+    history: History,
+    model: Model,
+    loss: Loss,
 ) -> str:
     """Say where a number stopped being finite, why, and what to do."""
     where = f"epoch {len(history) + 1}, step {error.step}: {error.what} is not finite"
     for name, array in data.items():
-        finite = array_module(array).isfinite(array)
-        if not bool(finite.all()):
-            row, column = divmod(int((~finite).argmax()), math.prod(array.shape[1:]))
-            return f"{where}, since row {row}, column {column} of {name} is not"
+        place = _first_non_finite(array)
+        if place is not None:
+            return f"{where}, since row {place[0]}, column {place[1]} of {name} is not"
     if error.what.startswith("the validation"):
         where += " on data that the model has not seen; some may be far from the training data"
     rate = getattr(optimizer, "learning_rate", None)
     cure = f"try learning_rate={rate / 10:g} instead of {rate:g}" if rate else "lower its rate"
+    gradient_descent = isinstance(optimizer, GradientDescent) and type(model) is Linear
+    if gradient_descent and loss is mean_squared_error and hasattr(data["X"], "dtype"):
+        largest = largest_stable_learning_rate(
+            data["X"],
+            n_outputs=model.sizes[1],
+            bias="bias" in model.parameters,
+            momentum=optimizer.momentum,  # type: ignore[attr-defined]
+        )
+        if rate is not None and rate > largest:
+            cure = (
+                f"with all samples at once the largest stable learning_rate is {largest:.3g}, "
+                f"yours is {rate:g}"
+            )
     return f"{where}. The steps may be too large: {cure}, or standardise the features"
 
 
-class _Good:
-    """A copy of the weights of the last epoch that ended well."""
-
-    def __init__(self, flat: Array) -> None:
-        self.flat = flat
-        self.spare = flat.copy()
-        self.last = (0, flat.copy())
-
-    def keep(self, epoch: int) -> None:
-        """Copy the weights; Ctrl-C at any moment leaves the old copy or the new one, whole."""
-        self.spare[...] = self.flat
-        _, old = self.last
-        self.last = (epoch, self.spare)
-        self.spare = old
-
-    def restore(self) -> int:
-        """Put the copy back and return its epoch."""
-        epoch, copy = self.last
-        self.flat[...] = copy
-        return epoch
+def _first_non_finite(array: Any) -> tuple[int, int] | None:
+    """Return row and column of the first number that is not finite, or None."""
+    if getattr(getattr(array, "dtype", None), "kind", "") not in ("f", "c"):
+        return None
+    rows = max(1, GATHERED_BYTES // max(1, array[:1].nbytes))
+    for first in range(0, len(array), rows):
+        finite = array_module(array).isfinite(array[first : first + rows])
+        if not bool(finite.all()):
+            row, column = divmod(int((~finite).argmax()), math.prod(array.shape[1:]))
+            return first + row, column
+    return None
 
 
 class _ProgressBar:
     """tqdm's bar over all steps, on a terminal; nothing elsewhere."""
 
-    def __init__(self, show: bool | None, n_epochs: int, n_steps: int) -> None:
+    def __init__(self, show: bool | None, n_epochs: int, n_steps: int, n_done: int) -> None:
         self.bar: Any = None
         self.n_epochs, self.n_steps = n_epochs, n_steps
         if sys.stderr.isatty() if show is None else show:
@@ -432,7 +654,9 @@ class _ProgressBar:
 
             self.bar = tqdm(total=n_epochs * n_steps, unit="step", dynamic_ncols=True)
             self.bar.set_description(f"epoch 1/{n_epochs}")
-        self.done = 0
+        self.done = n_done * n_steps
+        if self.bar is not None:
+            self.bar.update(self.done)
 
     def __enter__(self) -> _ProgressBar:
         return self
@@ -466,7 +690,20 @@ def _positive_integer(name: str, value: Any) -> int:
     return int(value)
 
 
-def _usual_loss(y: Array) -> str:
+def _settings(optimizer: Optimizer) -> Any:
+    """Return what makes an optimizer equal to another."""
+    return optimizer.settings() if hasattr(optimizer, "settings") else repr(optimizer)
+
+
+def _fingerprint(X: Any, y: Any) -> Any:
+    """Return what tells data from other data; a source of batches cannot be told."""
+    return None if y is None else fingerprint_data(X, y)
+
+
+def _usual_loss(X: Any, y: Any) -> str:
+    if y is None and not hasattr(X, "dtype"):
+        _, y = next(iter(X))
+        y = y if hasattr(y, "dtype") else np.asarray(y)
     device_of(y)  # refuses what is no array
     is_labels = y.dtype.kind in "iu" and y.ndim == 1
     return "cross_entropy" if is_labels else "mean_squared_error"
@@ -477,8 +714,37 @@ def _largest_product(model: Model, batch_size: int) -> float:
     return 2.0 * batch_size * max(map(math.prod, model.parameters.shapes.values()))
 
 
-def _prepared(model: Model, X: Array, y: Array, loss: Loss) -> tuple[Array, Array]:
-    """Return X and y on the model's device, in the types and shapes that it needs."""
+def _source(
+    model: Model, X: Any, y: Any, loss: Loss, batch_size: int | None, limit: int | None
+) -> Batches:
+    """Return data as batches on the model's device: copied there once, or streamed."""
+    device = model.device
+    if y is None:
+        if hasattr(X, "dtype"):
+            raise ValueError("y is missing: give targets, or a source of batches (x, y) instead")
+
+        def converted(x: Any, t: Any) -> Batch:
+            x, t = (a if hasattr(a, "dtype") else np.asarray(a) for a in (x, t))
+            t, dtype = _checked(model, x, t, loss)
+            return device.asarray(x, model.dtype), device.asarray(t, dtype)
+
+        return GivenBatches(X, converted)
+    y, dtype = _checked(model, X, y, loss)
+    batch_size = min(batch_size or len(X), len(X))
+    if device_of(X) == CPU:
+        needed = math.prod(X.shape) * model.dtype.itemsize + y.nbytes
+        if device == CPU:
+            stream = mapped_file(X) is not None
+        else:
+            limit = limit or int(DATA_SHARE * (device.memory()[0] or 2**62))
+            stream = needed > limit
+        if stream:
+            return StreamedBatches(X, y, batch_size, device, model.dtype, dtype, limit)
+    return ArrayBatches(device.asarray(X, model.dtype), device.asarray(y, dtype), batch_size)
+
+
+def _checked(model: Model, X: Array, y: Array, loss: Loss) -> tuple[Array, np.dtype[Any]]:
+    """Return targets in the shape, and the type, that the model and the loss need."""
     device = model.device
     data_device = device_of(X, y)
     if data_device not in (CPU, device):
@@ -490,8 +756,12 @@ def _prepared(model: Model, X: Array, y: Array, loss: Loss) -> tuple[Array, Arra
         raise ValueError(f"X has shape {X.shape}, expected (n_samples, n_features), not empty")
     if len(X) != len(y):
         raise ValueError(f"X has {len(X)} rows, y has {len(y)}: they must agree")
-    X = device.asarray(X, model.dtype)
-    n_outputs = model(X[:1]).shape[-1]
+    if y.dtype.kind in "OSU":
+        raise ValueError(
+            "y has names: gpuml.Preprocessing.fit(X, y, ...) numbers classes, and its answers() "
+            "turns a model's outputs into names again"
+        )
+    n_outputs = model(device.asarray(X[:1], model.dtype)).shape[-1]
     if loss is softmax_cross_entropy:
         if y.dtype.kind not in "iu" or y.ndim != 1:
             raise ValueError(
@@ -505,8 +775,7 @@ def _prepared(model: Model, X: Array, y: Array, loss: Loss) -> tuple[Array, Arra
                 'loss="mean_squared_error"'
             )
     if y.dtype.kind in "iu" and loss is not mean_squared_error:
-        return X, device.asarray(y, np.int64)
-    y = device.asarray(y, model.dtype)
+        return y, np.dtype(np.int64)
     if y.ndim == 1:
         y = y[:, None]
     if loss is mean_squared_error and y.shape != (len(X), n_outputs):
@@ -514,4 +783,4 @@ def _prepared(model: Model, X: Array, y: Array, loss: Loss) -> tuple[Array, Arra
             f"y has shape {y.shape}, the model's outputs ({len(X)}, {n_outputs}); if y are "
             "labels, make them integers: y.astype(int)"
         )
-    return X, y
+    return y, model.dtype

@@ -24,15 +24,19 @@ NOTEBOOKS = sorted(
 
 FLOORS = [
     {"errors", "devices", "kernels", "memory_maps", "blocking"},
-    {"matmul", "losses", "datasets", "model_files", "plots", "timing", "staging", "journal"},
-    {"models", "optimizers", "batches", "blocked"},
-    {"training"},
+    {"matmul", "losses", "datasets", "model_files", "plots", "timing", "staging", "journal"}
+    | {"metrics", "schedules"},
+    {"models", "optimizers", "batches", "history", "blocked"}
+    | {"gradients", "regression", "checkpoints"},
+    {"one_pass", "steps", "training"},
     {"doctor", "recordings", "cli", "__main__"},
 ]
 # On one floor, a module may use those to its left.
 NEIGHBOURS = [("errors", "devices"), ("devices", "kernels"), ("errors", "kernels")]
 NEIGHBOURS += [("errors", "memory_maps")]
 NEIGHBOURS += [("model_files", "timing"), ("plots", "timing"), ("models", "optimizers")]
+NEIGHBOURS += [("one_pass", "steps"), ("steps", "training")]
+NEIGHBOURS += [("models", "gradients"), ("models", "regression")]
 NEIGHBOURS += [("doctor", "cli"), ("recordings", "cli"), ("cli", "__main__")]
 HEAVY = {"cupy", "cupyx", "matplotlib", "mpi4py", "numba"} | {
     "safetensors",

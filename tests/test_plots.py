@@ -41,6 +41,139 @@ def test_a_saved_picture_is_a_png_and_leaves_no_open_figure(tmp_path):
     assert plt.get_fignums() == []
 
 
+def test_each_metric_has_a_panel_and_only_losses_a_logarithmic_scale():
+    columns = COLUMNS | {
+        "validation_r2": [-0.5, 0.5, 0.9],
+        "mean_error": [0.3, 0.2, 0.1],
+        "validation_mean_error": [0.4, 0.3, 0.2],
+        "learning_rate": [0.1, 0.1, 0.1],
+        "seconds": [1, 2, 3],
+    }
+    figure = plots.history(columns, "a device")
+    assert [axis.get_ylabel() for axis in figure.axes] == ["loss", "R²", "mean error"]
+    assert [axis.get_yscale() for axis in figure.axes] == ["log", "linear", "linear"]
+    lines = [{line.get_label(): list(line.get_ydata()) for line in a.lines} for a in figure.axes]
+    assert lines[1] == {"held out": columns["validation_r2"]}
+    assert lines[2] == {"training": [0.3, 0.2, 0.1], "held out": [0.4, 0.3, 0.2]}
+    assert len({line.get_color() for line in figure.axes[0].lines}) == 2
+    assert figure.axes[1].lines[0].get_color() == figure.axes[0].lines[1].get_color()
+
+
+def test_a_learning_rate_is_drawn_if_it_changes():
+    figure = plots.history(COLUMNS | {"learning_rate": [0.1, 0.1, 0.05]}, "a device")
+    assert [axis.get_ylabel() for axis in figure.axes] == ["loss", "learning rate"]
+    assert list(figure.axes[1].lines[0].get_ydata()) == [0.1, 0.1, 0.05]
+    assert figure.axes[1].get_legend() is None
+
+
+@pytest.mark.parametrize("least", [0.0, -1.0])
+def test_losses_that_are_not_positive_have_a_linear_scale(least):
+    columns = {"epoch": [1, 2], "loss": [2.0, 1.0], "validation_loss": [2.0, least]}
+    assert plots.history(columns, "a device").axes[0].get_yscale() == "linear"
+    runs = {"a": {"epoch": [1, 2], "loss": [2.0, 1.0]}, "b": {"epoch": [1], "loss": [least]}}
+    assert plots.histories(runs, "a device").axes[0].get_yscale() == "linear"
+
+
+def test_a_wrong_number_of_axes_and_an_empty_history_are_named():
+    _, axes = plt.subplots(1, 2)
+    with pytest.raises(ValueError, match=r"1 axes are needed.*got 2"):
+        plots.history(COLUMNS, "a device", list(axes))
+    for columns in ({}, {"epoch": [], "loss": []}):
+        with pytest.raises(ValueError, match="no finished epoch"):
+            plots.history(columns, "a device")
+
+
+def test_a_saved_picture_is_as_wide_as_its_panels(tmp_path):
+    widths = []
+    for more in ({}, {"validation_r2": [0, 0.1, 0.2]}, {"learning_rate": [3, 2, 1]}):
+        plots.save_history(COLUMNS | more, "a device", tmp_path / "x.png")
+        widths.append(plt.imread(tmp_path / "x.png").shape[1])
+    assert widths[1] == widths[2] == 2 * widths[0]
+
+
+def test_runs_can_be_told_apart_and_scores_are_not_logarithmic():
+    runs = {str(i): {"epoch": [1, 2], "loss": [2, 1], "validation_r2": [1, 2]} for i in range(20)}
+    lines = plots.histories(runs, "a device").axes[0].lines
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == 20
+    figure = plots.histories(runs, "a device", "validation_r2")
+    assert figure.axes[0].get_yscale() == "linear"
+    assert figure.axes[0].get_ylabel() == "validation R²"
+
+
+def test_a_confusion_matrix_has_its_counts_in_its_cells(device):
+    counts = np.array([[90, 10, 0], [1, 1200, 0], [0, 0, 0]])
+    figure = plots.confusion_matrix(device.asarray(counts), ["a", "b", "c"], "a device")
+    axis = figure.axes[0]
+    written = {t.get_position(): t.get_text() for t in axis.texts}
+    assert written == {
+        (column, row): f"{counts[row, column]:,}" for row in range(3) for column in range(3)
+    }
+    assert written[1, 0] == "10", "to the right: predicted"
+    [image] = axis.images
+    np.testing.assert_allclose(image.get_array()[0], [0.9, 0.1, 0])
+    np.testing.assert_array_equal(np.ma.filled(image.get_array()[2], np.nan), 0)
+    assert image.get_clim() == (0, 1)
+    for ticks in (axis.get_xticklabels(), axis.get_yticklabels()):
+        assert [tick.get_text() for tick in ticks] == ["a", "b", "c"]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("predicted class", "true class")
+    assert axis.get_title() == "a device"
+
+
+def contrast(a, b):
+    """The ratio of luminances that WCAG 2 asks for: at least 3 for text to be read."""
+    light = []
+    for color in (a, b):
+        c = np.asarray(color[:3])
+        linear = np.where(c <= 0.04045, c / 12.92, ((c + 0.055) / 1.055) ** 2.4)
+        light.append(linear @ [0.2126, 0.7152, 0.0722] + 0.05)
+    return max(light) / min(light)
+
+
+def test_the_counts_can_be_read_on_every_shade():
+    from matplotlib.colors import to_rgba
+
+    counts = np.array([[k, 100 - k] for k in range(0, 101)])
+    for pair in counts:
+        axis = plots.confusion_matrix(np.array([pair, [0, 1]])).axes[0]
+        [image] = axis.images
+        for text in axis.texts:
+            column, row = text.get_position()
+            shade = image.cmap(image.norm(image.get_array()[row, column]))
+            enough = 3 if text.get_text() == "0" else 3.5
+            assert contrast(to_rgba(text.get_color()), shade) > enough, (pair, text.get_text())
+        plt.close("all")
+
+
+def test_texts_in_a_confusion_matrix_do_not_overlap():
+    for counts in (np.full((10, 10), 8), np.full((10, 10), 123_456), np.full((30, 30), 99_999)):
+        figure = plots.confusion_matrix(counts)
+        figure.canvas.draw()
+        boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+        n = len(counts)
+        assert len(boxes) == n * n
+        assert boxes[0].x1 < boxes[1].x0
+        assert boxes[0].y0 > boxes[n].y1
+
+
+def test_many_classes_are_drawn_without_counts_and_with_some_names():
+    axis = plots.confusion_matrix(np.eye(100, dtype=int)).axes[0]
+    assert not axis.texts
+    names = [tick.get_text() for tick in axis.get_xticklabels()]
+    assert names == [str(i) for i in range(0, 100, 4)]
+    assert list(axis.get_xticks()) == list(range(0, 100, 4))
+
+
+def test_a_confusion_matrix_is_square_and_has_a_name_for_each_class():
+    for shape in ((2, 3), (4,), (0, 0)):
+        with pytest.raises(ValueError, match="expected \\(n_classes, n_classes\\)"):
+            plots.confusion_matrix(np.zeros(shape, int))
+    with pytest.raises(ValueError, match="3 classes are counted, 2 have names"):
+        plots.confusion_matrix(np.zeros((3, 3), int), ["a", "b"])
+    names = np.array(["yes", "no"])
+    axis = plots.confusion_matrix(np.eye(2, dtype=int), names).axes[0]
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == ["yes", "no"]
+
+
 def test_images_are_laid_out_in_rows():
     figure = plots.images(np.zeros((7, 8, 8)), list("abcdefg"), n_columns=4)
     assert [axis.get_title() for axis in figure.axes] == [*"abcdefg", ""]

@@ -56,7 +56,11 @@ def test_the_hardware_that_comes_with_the_package_is_whole():
     assert h200.ceilings.values["gemm_float16"] > h200.ceilings.values["gemm_float32"]
     assert next(iter(h200.ladder)) == "naive, float32"
     assert h200.ladder["tiled, float32"].rate >= 3 * h200.ladder["naive, float32"].rate
-    assert set(h200.figures()) == {"products", "roofline", "crossover", "transfers", "ladder"}
+    pictures = {"products", "roofline", "crossover", "transfers", "ladder", "blocked"}
+    assert set(h200.figures()) == pictures
+    assert h200.blocked["square"].bound == "arithmetic"
+    assert h200.blocked["tall"].bound in ("bus", "host memory")
+    assert all(report.overlap > 0.5 for report in h200.blocked.values())
     assert h200.products.speedup("gpu", 4096, "float32", transfers=False) > 1
     assert h200.queued["finished"] > 10 * h200.queued["returned"]
     assert [min(case, key=lambda d: case[d].seconds) for case in h200.cases.values()] == [
@@ -72,7 +76,7 @@ def test_a_call_returns_before_the_work_is_finished_on_a_gpu_only(device):
     if device.kind == "gpu":
         assert queued["returned"] < queued["finished"] / 10
     else:
-        assert queued["returned"] > queued["finished"] / 2
+        assert queued["returned"] > queued["finished"] / 10
 
 
 def test_a_recording_that_is_missing_or_malformed_is_named_with_the_command(tmp_path):

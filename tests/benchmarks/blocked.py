@@ -14,10 +14,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,28 +60,6 @@ def seconds(function: Callable[[], Any], rounds: int = ROUNDS) -> float:
         function()
         samples.append(time.perf_counter() - begin)
     return statistics.median(samples)
-
-
-@contextmanager
-def watched(device: Device) -> Iterator[dict[str, float]]:
-    """Note by how much the driver's free memory and this process's memory change, in bytes."""
-    runtime, found, stop = device.xp.cuda.runtime, {"device": 0.0}, threading.Event()
-    free = runtime.memGetInfo()[0]
-
-    def look() -> None:
-        with device.use():
-            while not stop.wait(0.002):
-                found["device"] = max(found["device"], free - runtime.memGetInfo()[0])
-
-    watcher = threading.Thread(target=look)
-    watcher.start()
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    try:
-        yield found
-    finally:
-        stop.set()
-        watcher.join()
-        found["host"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
 
 
 def bus_bound(device: Device, rows: int) -> None:
@@ -139,20 +115,27 @@ def arithmetic_bound(device: Device, n: int) -> None:
             cp.get_default_memory_pool().free_all_blocks()
         rates = gpuml.measure_rates(device, "float32", precision)
 
-        def ours(p: Any = precision) -> Any:
+        def ours(p: Any = precision, report: bool = True) -> Any:
             return gpuml.blocked_matmul(
-                a, b, memory_limit="4 GiB", out=out, precision=p, progress=False, return_report=True
+                a, b, memory_limit="4 GiB", out=out, precision=p, return_report=report
             )
 
         c, report = ours()
         check(c, a, b, limit)
-        with watched(device) as used:
-            taken = statistics.median([ours()[1].seconds for _ in range(3)])
+        host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        with gpuml.watch_memory(device) as used:
+            samples = []
+            for _ in range(3):
+                begin = time.perf_counter()
+                ours(report=False)
+                samples.append(time.perf_counter() - begin)
+        taken = statistics.median(samples)
+        host = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - host) * 1024
         bus = report.plan.bytes_in / min(rates.fill, rates.bus_in)
         print(f"{n}³ {precision or 'float32'}: {taken:.3f} s, in core {core:.3f} s")
         print(f"  of the in-core rate {core / taken:.1%}; copies alone {bus:.3f} s")
         print(f"  of what binds {max(core, bus) / taken:.1%}")
-        print(f"  device memory {used['device'] / GIB:.2f} GiB, host {used['host'] / GIB:.2f} GiB")
+        print(f"  device memory {used.most / GIB:.2f} GiB, more host memory {host / GIB:.2f} GiB")
         print(report)
 
 
@@ -168,7 +151,7 @@ def predictions(device: Device, large: int) -> None:
                 _, report = gpuml.blocked_matmul(
                     a, b, out=out, memory_limit="1 GiB", return_report=True, progress=False
                 )
-            expected = report.plan.predict(report.rates)["total"]
+            expected = report.predicted
             print(
                 f"{name}: {m} x {k} x {n}: {report.seconds:.4f} s, predicted {expected:.4f}, "
                 f"ratio {report.seconds / expected:.2f}, bound by {report.bound}"

@@ -16,7 +16,46 @@ import numpy as np
 from kernels import check, notebook_kernels
 
 import gpuml
-from gpuml import kernels
+from gpuml import kernels, one_pass
+from gpuml.devices import Device
+
+
+def small_products(device: Device) -> None:
+    """Many small products by our own kernel, of sizes that fill no tile."""
+    rng = np.random.default_rng(0)
+    for dtype in (np.float32, np.float64):
+        for m, k, n in ((8, 8, 8), (7, 5, 3), (1, 32, 1), (32, 32, 32), (17, 9, 31)):
+            a = device.asarray(rng.normal(size=(301, m, k)).astype(dtype))
+            b = device.asarray(rng.normal(size=(301, n, k)).astype(dtype))
+            c = gpuml.batched_matmul(a, b.swapaxes(1, 2))
+            wanted = gpuml.to_host(a) @ gpuml.to_host(b).swapaxes(1, 2)
+            np.testing.assert_allclose(gpuml.to_host(c), wanted, atol=1e-3)
+
+
+def linear_gradients(device: Device) -> None:
+    """The gradient in one pass, for rows shared by parts of a warp, a warp, and a block."""
+    rng = np.random.default_rng(0)
+    for n, features, outputs in (
+        (100, 3, 1),
+        (77, 32, 2),
+        (300, 100, 1),
+        (50, 1024, 1),
+        (9, 5000, 1),
+    ):
+        model = gpuml.Linear(features, outputs, device=device)
+        X = device.asarray(rng.normal(size=(n, features)).astype(np.float32))
+        Y = device.asarray(rng.normal(size=(n, outputs)).astype(np.float32))
+        gradients = model.parameters.zeros_like()
+        value = one_pass.gradient(X, Y, model.parameters, gradients)
+        np.testing.assert_allclose(float(value), float((Y * Y).mean()), rtol=1e-5)
+
+
+def blocked_products() -> None:
+    """A product in many tiles: copies and products at the same time."""
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(300, 200)), rng.normal(size=(200, 250))
+    c = gpuml.blocked_matmul(a, b, memory_limit="200 KiB")
+    np.testing.assert_allclose(c, a @ b)
 
 
 def main() -> None:
@@ -45,6 +84,9 @@ def main() -> None:
 
         for name, shape, error in check(device):
             assert error < 1e-6, (name, shape, error)
+        small_products(device)
+        linear_gradients(device)
+        blocked_products()
         device.synchronize()
     print("all kernels ran, and are right")
 

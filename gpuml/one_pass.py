@@ -1,0 +1,215 @@
+"""Loss and gradient of a linear model in one pass over the data.
+
+Y = X W + b under the mean squared error needs each row of X twice: for its residual, and then for
+the gradient. Two matrix products read X from memory twice. Here a row, or on the CPU a block of
+rows that fits into the cache, is used twice while it is there.
+"""
+
+from __future__ import annotations
+
+import math
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from gpuml.devices import Array, array_module, blas_threads, cpu_count
+from gpuml.kernels import load_kernel
+from gpuml.matmul import matmul
+from gpuml.models import Model, Parameters
+
+# Rows of X worked on at once on the CPU, in bytes: they stay in the cache of a core or two.
+CACHED_BYTES = 2**20
+# Below this many bytes of X two products are as fast: nothing has to come from memory.
+FEWEST_BYTES = 2**21
+
+# The kernel keeps weights, gradients and two sets of rows in registers: so many 4-byte words.
+REGISTER_WORDS = 200
+SHARED_BYTES = 48 * 1024
+THREADS = 128
+BLOCKS_EACH = 4  # for a multiprocessor
+
+
+def limit(model: Model, X: Array) -> str | None:
+    """Return why the gradient cannot be computed in one pass, or None if it can.
+
+    Parameters
+    ----------
+    model : Model
+    X : array of shape (n_samples, n_features)
+        On the device of the model, of its type.
+
+    Returns
+    -------
+    str or None
+        A reason for people.
+    """
+    from gpuml.models import Linear
+
+    if type(model) is not Linear or model.dtype.name not in ("float32", "float64"):
+        return "it is for Linear models of float32 or float64"
+    if not X.flags.c_contiguous:
+        return "the rows of X are not contiguous"
+    if isinstance(X, np.ndarray):
+        return None
+    if array_module(X).cuda.runtime.is_hip:
+        return "its kernel is for NVIDIA GPUs"
+    n_features, n_outputs = model.sizes
+    if _shape(n_features, n_outputs, X.itemsize) is None:
+        return f"{n_features} features and {n_outputs} outputs do not fit into registers"
+    return None
+
+
+def pays(model: Model, X: Array) -> bool:
+    """Return whether one pass over so much data is faster than two products."""
+    if isinstance(X, np.ndarray):
+        return bool(X.nbytes >= FEWEST_BYTES and model.sizes[1] <= 8)
+    return True
+
+
+def gradient(
+    X: Array, Y: Array, parameters: Parameters, gradients: Parameters, *, scale: float | None = None
+) -> Array:
+    """Write the gradient of the mean squared error of X W + b, and return the error.
+
+    Parameters
+    ----------
+    X : array of shape (n, n_features)
+        Rows contiguous.
+    Y : array of shape (n, n_outputs)
+    parameters, gradients : Parameters
+        ``weight`` and, if the model has one, ``bias``. `gradients` is overwritten.
+    scale : float, optional
+        What the sum of squares is multiplied by; 1 / (n · n_outputs) unless given.
+
+    Returns
+    -------
+    array of shape ()
+        The mean squared error before any step. It stays on the device. On a GPU the sums over
+        a thousand rows or so are in the type of X, and those of all parts in float64; the order
+        is fixed, so that the same data give the same bits.
+
+    Raises
+    ------
+    TypeError
+        If the arrays are on different devices.
+    """
+    xp = array_module(X, Y, parameters.flat, gradients.flat)
+    if scale is None:
+        scale = 1 / (len(X) * Y.shape[1])
+    return (_on_host if xp is np else _on_gpu)(X, Y, parameters, gradients, scale)
+
+
+def _on_host(
+    X: Array, Y: Array, parameters: Parameters, gradients: Parameters, scale: float
+) -> Array:
+    edges = np.linspace(0, len(X), cpu_count() + 1).astype(int)
+    parts = [slice(*edge) for edge in pairwise(edges)]
+    with blas_threads(0):  # each thread of ours has one of the BLAS library's
+        sums = list(_pool().map(lambda part: _part_on_host(X[part], Y[part], parameters), parts))
+    gradients.flat[...] = 0
+    loss = 0.0
+    for part_loss, part in sums:
+        loss += part_loss
+        gradients.flat += part.flat
+    gradients.flat *= 2 * scale
+    return np.asarray(loss * scale, X.dtype)
+
+
+def _part_on_host(X: Array, Y: Array, parameters: Parameters) -> tuple[float, Parameters]:
+    """Return the sum of squares over some rows, and half its gradient."""
+    weight, bias = parameters["weight"], parameters.get("bias")
+    sums = parameters.zeros_like()
+    rows = max(1, CACHED_BYTES // max(1, X.shape[1] * X.itemsize))
+    product = np.empty_like(weight)
+    residual = np.empty((min(rows, len(X)), Y.shape[1]), X.dtype)
+    loss = 0.0
+    for first in range(0, len(X), rows):
+        x, y = X[first : first + rows], Y[first : first + rows]
+        r = matmul(x, weight, out=residual[: len(x)])
+        if bias is not None:
+            r += bias
+        r -= y
+        loss += float(np.vdot(r, r))
+        sums["weight"] += matmul(x.T, r, out=product)
+        if bias is not None:
+            sums["bias"] += r.sum(axis=0)
+    return loss, sums
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(cpu_count(), thread_name_prefix="gpuml")
+
+
+def _on_gpu(
+    X: Array, Y: Array, parameters: Parameters, gradients: Parameters, scale: float
+) -> Array:
+    import cupy
+
+    n, n_features = X.shape
+    n_outputs = Y.shape[1]
+    vector = 16 // X.itemsize
+    if X.data.ptr % 16 or n_features % vector:
+        vector = 1
+    shape = _shape(n_features, n_outputs, X.itemsize, vector)
+    assert shape is not None
+    lanes, values, rows = shape
+    sizes = {
+        "ELEMENT": {4: "float", 8: "double"}[X.itemsize],
+        "FEATURES": n_features,
+        "OUTPUTS": n_outputs,
+        "THREADS": THREADS,
+        "LANES": lanes,
+        "VALUES": values,
+        "ROWS": rows,
+        "VECTOR": vector,
+    }
+    options = tuple(f"-D{name}={value}" for name, value in sizes.items())
+    size = n_features * n_outputs + n_outputs + 1
+    most = -(-n // (THREADS // lanes * rows))
+    blocks = min(BLOCKS_EACH * _n_processors(X.device.id), most)
+    partial = cupy.empty((blocks, size), X.dtype)
+    loss = cupy.empty((), X.dtype)
+    bias = parameters.get("bias")
+    kernel = load_kernel("linear_gradient", options=options)
+    kernel(
+        (blocks,), (THREADS,), (X, Y, parameters["weight"], _pointer(bias), partial, np.int64(n))
+    )
+    add = load_kernel("linear_gradient", "linear_gradient_sum", options=options)
+    into = gradients["weight"], _pointer(gradients.get("bias")), loss
+    add((-(-size // 32),), (32, 8), (partial, np.int32(blocks), np.float64(scale), *into))
+    return loss
+
+
+def _pointer(array: Array | None) -> Any:
+    return np.intp(0) if array is None else array
+
+
+@cache
+def _n_processors(device: int) -> int:
+    import cupy
+
+    return int(cupy.cuda.runtime.getDeviceProperties(device)["multiProcessorCount"])
+
+
+@cache
+def _shape(
+    n_features: int, n_outputs: int, itemsize: int, vector: int = 1
+) -> tuple[int, int, int] | None:
+    """Return lanes, values and rows for the kernel (see its source), or None if nothing fits."""
+    if (n_features * n_outputs + n_outputs + 1) * itemsize > SHARED_BYTES:
+        return None
+    words = itemsize // 4
+    power = 2 ** math.ceil(math.log2(max(1, -(-n_features // vector))))
+    for lanes in (min(32, power), THREADS):  # whole warps, or a whole block for a row
+        values = -(-n_features // (lanes * vector)) * vector
+        left = REGISTER_WORDS // words - 2 * values * n_outputs
+        rows = min(8, max(1, 32 // (words * values)), left // (2 * values))
+        # Across a block each output of each row is summed by way of shared memory: that pays
+        # for one output, and hardly for two.
+        if rows >= 1 and (lanes <= 32 or n_outputs <= 2):
+            return lanes, values, rows
+    return None
