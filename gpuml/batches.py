@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -245,18 +247,19 @@ class StreamedBatches:
     def _on_host(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Array, Array, Any]]:
         """Yield chunks on the CPU; the next one is read ahead."""
         after = next(chunks, None)
-        while after is not None:
-            (runs, order), after = after, next(chunks, None)
-            for run in after[0] if after else ():
-                read_ahead(self._X[run])
-            x, y = (
-                _gathered(array, runs, order, dtype)
-                for array, dtype in zip((self._X, self._y), self._types, strict=True)
-            )
-            yield x, y, order if runs else None
-            for run in runs:
-                drop_pages(self._X[run])
-                drop_pages(self._y[run])
+        with ThreadPoolExecutor(cpu_count()) as pool:
+            while after is not None:
+                (runs, order), after = after, next(chunks, None)
+                for run in after[0] if after else ():
+                    read_ahead(self._X[run])
+                x, y = (
+                    _gathered(array, runs, order, dtype, pool)
+                    for array, dtype in zip((self._X, self._y), self._types, strict=True)
+                )
+                yield x, y, None
+                for run in runs:
+                    drop_pages(self._X[run])
+                    drop_pages(self._y[run])
 
     def _on_gpu(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Array, Array, Any]]:
         """Yield chunks on a GPU; two more are on their way."""
@@ -322,10 +325,22 @@ class _Place:
         self.used: Any = None
 
 
-def _gathered(array: Array, runs: list[slice], order: Any, dtype: Any) -> Array:
-    """Return the rows of a chunk on the host."""
+def _gathered(
+    array: Array, runs: list[slice], order: Any, dtype: Any, pool: ThreadPoolExecutor
+) -> Array:
+    """Return the rows of a chunk on the host, in order; several threads bring the runs."""
     if not runs:
         return np.asarray(array.take(order, axis=0), dtype)
-    if len(runs) == 1:
+    if order is None:
         return np.asarray(array[runs[0]], dtype)
-    return np.concatenate([array[run] for run in runs], dtype=dtype, casting="unsafe")
+    places = np.empty_like(order)  # where each row goes: the inverse of the order
+    places[order] = np.arange(len(order))
+    rows = np.empty((len(order), *array.shape[1:]), dtype)
+    ends = list(itertools.accumulate(run.stop - run.start for run in runs))
+
+    def put(i: int) -> None:
+        run = runs[i]
+        rows[places[ends[i] - (run.stop - run.start) : ends[i]]] = array[run]
+
+    list(pool.map(put, range(len(runs))))
+    return rows

@@ -349,6 +349,32 @@ class MLP(Model):
         super().__init__(start, layers)
         self.to(get_device(device))
 
+    def with_outputs(self, n_outputs: int, *, seed: int = 0) -> MLP:
+        """Return a model with these hidden layers and a new last one, for another task.
+
+        Parameters
+        ----------
+        n_outputs : int
+        seed : int
+            For the last layer's start weights.
+
+        Returns
+        -------
+        MLP
+            On the same device, of the same type; its hidden layers are copies.
+
+        Examples
+        --------
+        >>> MLP([64, 128, 10], device="cpu").with_outputs(2)
+        MLP 64-128-2 (8,578 parameters, float32)
+        """
+        sizes = [*self.sizes[:-1], n_outputs]
+        model = MLP(sizes, seed=seed, dtype=self.dtype, device=self.device)
+        for weight, bias in self.layers[:-1]:
+            model.parameters[weight] = self.parameters[weight]
+            model.parameters[bias] = self.parameters[bias]
+        return model
+
     @staticmethod
     def layer_names(n_layers: int) -> list[tuple[str, str]]:
         """Return the names of the weights and biases, layer by layer."""

@@ -174,3 +174,19 @@ def test_sizes_may_be_whole_numbers_of_any_type(device, tmp_path):
     assert gpuml.load_model(tmp_path / "x.safetensors").sizes == (3, 4, 2)
     with pytest.raises(TypeError, match="floating-point type, got int32"):
         MLP([3, 2], dtype=np.int32)
+
+
+def test_a_new_last_layer_keeps_the_hidden_ones(device, rng):
+    model = gpuml.MLP([6, 5, 4, 3], seed=1, device=device)
+    other = model.with_outputs(2, seed=7)
+    assert other.sizes == (6, 5, 4, 2)
+    assert other.device == device
+    for name in ("layers.0.weight", "layers.0.bias", "layers.1.weight", "layers.1.bias"):
+        assert bool((other.parameters[name] == model.parameters[name]).all())
+    before = gpuml.to_host(model.parameters.flat).copy()
+    other.parameters.flat[...] = 0  # a copy: the first model stays as it is
+    np.testing.assert_array_equal(gpuml.to_host(model.parameters.flat), before)
+    fresh = gpuml.MLP([6, 5, 4, 2], seed=7, device=device)
+    again = model.with_outputs(2, seed=7)
+    last = again.parameters["layers.2.weight"] == fresh.parameters["layers.2.weight"]
+    assert bool(last.all())
