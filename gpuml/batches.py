@@ -19,8 +19,10 @@ from gpuml.staging import Stager, Trace
 # bounded amount of memory however large the data are.
 GATHERED_BYTES = 8 * 2**20
 
-# Data that are streamed pass in chunks of this size; on a GPU so many are under way at once.
-CHUNK_BYTES = 64 * 2**20
+# Data that are streamed pass in chunks of this size; on a GPU so many are under way at once. Those
+# of plain arrays are large enough for all threads that copy; those of a file bound what is mapped.
+CHUNK_BYTES = 256 * 2**20
+MAPPED_CHUNK_BYTES = 64 * 2**20
 CHUNKS = 3
 # A memory map is shuffled by blocks of neighbouring rows, which are read in one go: blocks in
 # random order, and the rows of a chunk of blocks among each other.
@@ -176,6 +178,11 @@ class StreamedBatches:
         What a chunk is converted to on the way.
     memory_limit : int, optional
         Bytes for the chunks under way together.
+
+    Attributes
+    ----------
+    chunk_rows : int
+        On which the order of a shuffled memory map depends.
     """
 
     streamed = True
@@ -198,13 +205,17 @@ class StreamedBatches:
         self._row_bytes = sum(
             width * dtype.itemsize for width, dtype in zip(self._widths, self._types, strict=True)
         )
-        # Each chunk needs its place, and as much again while its rows are put in order.
-        limit = min(CHUNK_BYTES, (memory_limit or 2**62) // (2 * CHUNKS))
+        # Each chunk needs its place; one of a file as much again while its rows are put in order.
+        mapped = mapped_file(X) is not None
+        needed = 2 * CHUNKS if mapped else CHUNKS
+        limit = min(
+            MAPPED_CHUNK_BYTES if mapped else CHUNK_BYTES, (memory_limit or 2**62) // needed
+        )
         rows = max(1, limit // self._row_bytes)
         if batch_size < len(X):  # batches do not straddle chunks
             rows = max(1, rows // batch_size) * batch_size
-        self._chunk_rows = min(rows, len(X))
-        self.memory = 2 * CHUNKS * self._chunk_rows * self._row_bytes
+        self.chunk_rows = min(rows, len(X))
+        self.memory = needed * self.chunk_rows * self._row_bytes
 
     def epoch(self, generator: np.random.Generator | None) -> Iterator[Batch]:
         """Yield (x, y) of one epoch; a full batch in several parts."""
@@ -217,10 +228,11 @@ class StreamedBatches:
             size = min(self.batch_size, len(x))
             for start in range(0, len(x), size):
                 yield x[start : start + size], y[start : start + size]
+            del x, y  # before the next chunk takes as much again
 
     def _chunks(self, generator: np.random.Generator | None) -> Iterator[Chunk]:
         """Yield runs of neighbouring rows that make a chunk, and the order to put them in."""
-        n, each = self.n_samples, self._chunk_rows
+        n, each = self.n_samples, self.chunk_rows
         if generator is None or self.batch_size >= n:
             for first in range(0, n, each):
                 yield [slice(first, min(n, first + each))], None
@@ -256,16 +268,19 @@ class StreamedBatches:
                     _gathered(array, runs, order, dtype, pool)
                     for array, dtype in zip((self._X, self._y), self._types, strict=True)
                 )
-                yield x, y, None
-                for run in runs:
-                    drop_pages(self._X[run])
-                    drop_pages(self._y[run])
+                try:
+                    yield x, y, None
+                finally:  # also where nobody asks for more
+                    del x, y
+                    if runs and order is None:  # else they are copies
+                        drop_pages(self._X[runs[0]])
+                        drop_pages(self._y[runs[0]])
 
     def _on_gpu(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Array, Array, Any]]:
         """Yield chunks on a GPU; two more are on their way."""
         import cupy
 
-        shapes = [(self._chunk_rows, width) for width in self._widths]
+        shapes = [(self.chunk_rows, width) for width in self._widths]
         places = deque(
             _Place([cupy.empty(s, t) for s, t in zip(shapes, self._types, strict=True)])
             for _ in range(CHUNKS)
@@ -341,6 +356,7 @@ def _gathered(
     def put(i: int) -> None:
         run = runs[i]
         rows[places[ends[i] - (run.stop - run.start) : ends[i]]] = array[run]
+        drop_pages(array[run])
 
     list(pool.map(put, range(len(runs))))
     return rows

@@ -8,6 +8,7 @@ rows that fits into the cache, is used twice while it is there.
 from __future__ import annotations
 
 import math
+import os
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from itertools import pairwise
@@ -118,6 +119,7 @@ def _on_host(
     return np.asarray(loss * scale, X.dtype)
 
 
+@np.errstate(all="ignore")  # in this thread; whoever called looks at the result
 def _part_on_host(X: Array, Y: Array, parameters: Parameters) -> tuple[float, Parameters]:
     """Return the sum of squares over some rows, and half its gradient."""
     weight, bias = parameters["weight"], parameters.get("bias")
@@ -142,6 +144,10 @@ def _part_on_host(X: Array, Y: Array, parameters: Parameters) -> tuple[float, Pa
 @cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(cpu_count(), thread_name_prefix="gpuml")
+
+
+if hasattr(os, "register_at_fork"):  # the threads do not come along
+    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def _on_gpu(

@@ -16,7 +16,8 @@ from gpuml.matmul import matmul
 from gpuml.memory_maps import in_memory
 from gpuml.models import Linear, Parameters
 
-BLOCK_BYTES = 32 * 2**20  # of the data are in use at a time, as float64
+# So much of the data is in use at a time, as float64; a GPU needs more to be busy.
+BLOCK_BYTES = {"cpu": 32 * 2**20, "gpu": 256 * 2**20}
 
 # Up to this many features XᵀX is formed, in one reading of X; above, X is read for each product.
 GRAM_FEATURES = 1024
@@ -66,7 +67,7 @@ def least_squares(X: Array, Y: Array, *, bias: bool = True) -> Linear:
     consumer's GPU has few units for that, and the CPU may be as fast there. The library's
     ``lstsq``, by singular values, then solves the small problem, with columns of equal length
     so that features in different units do not count as dependent. Features are dependent if a
-    singular value is below 4 ε max(n_samples, n_features) of the largest, ε = 2e-16.
+    singular value is below 16 ε max(n_samples, n_features) of the largest, ε = 2e-16.
 
     References
     ----------
@@ -90,7 +91,7 @@ def least_squares(X: Array, Y: Array, *, bias: bool = True) -> Linear:
             _block([X, Y], rows, device) - mean for rows in _parts([X, Y], at_least_square=True)
         )
         _refuse_unless_finite(triangle, X=X, Y=Y)
-        tolerance = 4 * EPSILON * max(X.shape)
+        tolerance = 16 * EPSILON * max(X.shape)
         weight = _solve(triangle[:, :n_features], triangle[:, n_features:], tolerance)
         dtype = np.result_type(X.dtype, np.float32) if X.dtype.kind == "f" else np.float64
         model = Linear(n_features, Y.shape[1], bias=bias, dtype=dtype, device=device)
@@ -411,8 +412,8 @@ class Gram:
             inner = half - self.xy
             inner *= weights
             value = (inner.sum(axis=(-2, -1)) + self.yy.sum()) * scale
-            out = gradients.flat.reshape(half.shape)
-            xp.multiply(half, 2 * scale, out=out, casting="same_kind")
+            flat = gradients.flat
+            xp.multiply(half.reshape(flat.shape), 2 * scale, out=flat)
         return value, gradients
 
     def loss_rounding(self, parameters: Parameters) -> Array:
@@ -497,9 +498,9 @@ def _checked(X: Array, Y: Array) -> tuple[Array, Array]:
 
 
 def _parts(arrays: list[Array], *, at_least_square: bool = False) -> Iterator[slice]:
-    """Yield rows by the block: of some 32 MiB as float64, or at least as many rows as columns."""
+    """Yield the rows of each block; if wanted there are at least as many of them as columns."""
     n_columns = sum(a.shape[1] for a in arrays) + 1
-    rows = max(1, BLOCK_BYTES // (8 * n_columns))
+    rows = max(1, BLOCK_BYTES[device_of(arrays[0]).kind] // (8 * n_columns))
     if at_least_square:
         rows = max(rows, n_columns)
     return (slice(i, i + rows) for i in range(0, len(arrays[0]), rows))

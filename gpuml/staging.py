@@ -25,7 +25,6 @@ from gpuml.devices import CPU, Array, Device
 # threads. The smaller they are, the more often the threads wait for Python's lock.
 BUFFER_BYTES = 8 * 2**20
 BUFFERS_EACH = 2  # for a thread: it fills one while the other is copied
-LEAST_BYTES = 4 * 2**20  # a smaller part of a block costs more in Python than in copying
 
 
 class Trace:
@@ -273,9 +272,7 @@ class Stager:
             transfer.note(queued=1)
             transfer.straight = events[1]
             return transfer
-        share = -(-there.size * there.itemsize // self._n_threads)
-        part_bytes = min(BUFFER_BYTES, max(share, LEAST_BYTES))
-        transfer = Transfer(host, there, stream, after, part_bytes)
+        transfer = Transfer(host, there, stream, after, BUFFER_BYTES)
         with self._changed:
             self._waiting.append(transfer)
             self._changed.notify_all()

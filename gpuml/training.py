@@ -24,7 +24,7 @@ from gpuml.batches import (
 from gpuml.blocking import parse_size
 from gpuml.checkpoints import fingerprint_data, load_checkpoint, save_checkpoint
 from gpuml.devices import CPU, Array, Device, array_module, blas_threads, device_of, to_host
-from gpuml.errors import GpumlError
+from gpuml.errors import DataError, GpumlError
 from gpuml.history import History
 from gpuml.losses import Loss, get_loss, mean_squared_error, softmax_cross_entropy
 from gpuml.memory_maps import mapped_file
@@ -199,14 +199,15 @@ def train(
         if checkpoint is not None:
             facts = {
                 "model": repr(model),
-                "loss": loss.__name__,
+                "loss": _named(loss),
                 "optimizer": _settings(optimizer),
                 "engine": step.engine,
                 "device": model.device.kind,
                 "batch size": data.batch_size,
+                "rows in a chunk": getattr(data, "chunk_rows", None),
                 "shuffle": shuffle,
                 "seed": seed,
-                "schedule": repr(run.schedule),
+                "schedule": _named(run.schedule),
                 "epochs of the schedule": n_epochs if run.schedule else None,
                 "patience": patience,
                 "data": _fingerprint(X, y),
@@ -265,9 +266,11 @@ class _Run:
         xp = self.xp = model.device.xp
         self.losses = xp.zeros(data.n_steps, model.dtype)
         self.sizes = np.zeros(data.n_steps)  # samples of each step
-        self.pending: list[tuple[dict[str, float], Array, Any]] = []  # epochs not looked at yet
+        # Row, losses, mean loss and end of each epoch not looked at yet; and how many epochs,
+        # counted from the very first, ended well, and how many of those the history tells of.
+        self.pending: list[tuple[dict[str, float], Array, Array, Any]] = []
         self.fine, self.n_good = xp.ones((), bool), xp.zeros((), np.int64)
-        self.bad_step = xp.zeros((), np.int64)
+        self.n_told = 0
         rate = step.state.get("learning_rate")
         self.base_rate = None if rate is None else rate.copy()
         self.clock = _Clock(model.device)
@@ -300,6 +303,7 @@ class _Run:
 
     def _one_epoch(self, bar: _ProgressBar) -> None:
         """Take a step for each batch."""
+        self.losses = self.xp.empty_like(self.losses)  # those of the last epoch are still pending
         if isinstance(self.step, GramStep):
             self.losses[0], self.sizes[0] = self.step(None, None), self.data.n_samples
         elif self.data.streamed and self.data.batch_size >= self.data.n_samples:
@@ -310,51 +314,54 @@ class _Run:
             self.losses[0], self.sizes[0] = total, self.data.n_samples
         else:
             looked = time.monotonic()
-            for i, (x, y) in enumerate(self.data.epoch(self.generator)):
+            i = -1  # enumerate would keep a batch, and its chunk, while the next is brought
+            for x, y in self.data.epoch(self.generator):
+                i += 1
                 self.losses[i] = self.step(x, y)
                 self.sizes[i] = len(x)
+                del x, y
                 if time.monotonic() - looked > HEARTBEAT:
                     bad = ~np.isfinite(to_host(self.losses[: i + 1]))  # and so wait for the device
                     if bad.any():
-                        return  # no need to go on to the end of the epoch
+                        self.losses[i + 1 :] = 0  # no need to go on to the end of the epoch
+                        return
                     bar.show_step(i + 1)
                     looked = time.monotonic()
 
     def _note(self, row: dict[str, float]) -> None:
         """Note on the device whether the epoch ended well, and if so its weights."""
         xp = self.xp
-        finite = xp.isfinite(self.losses)
-        first_bad = xp.where(finite.all(), len(self.losses), finite.argmin())
-        xp.copyto(self.bad_step, first_bad, where=self.fine)
-        self.fine &= finite.all() & xp.isfinite(self.flat).all()
+        self.fine &= xp.isfinite(self.losses).all() & xp.isfinite(self.flat).all()
         mean = self.losses.astype(np.float64) @ self.model.device.asarray(
             self.sizes / self.sizes.sum()
         )
         xp.copyto(self.good[int(row["epoch"]) % 2], self.flat, where=self.fine)
         self.n_good += self.fine
-        self.pending.append((row, mean, self.clock.now()))
+        self.pending.append((row, self.losses, mean, self.clock.now()))
 
     def look(self, bar: _ProgressBar | None) -> None:
-        """Bring to the host how the last epochs went; measure them, and write the checkpoint."""
-        pending, self.pending = self.pending, []
-        if not pending:
+        """Bring to the host how the last epochs went; measure them, and write the checkpoint.
+
+        Interrupted at any moment, it can be called again.
+        """
+        if not self.pending:
             return
-        n_good = min(int(self.n_good), len(pending))
-        self.n_good[...] = 0
-        for row, mean, moment in pending[:n_good]:
+        n_good = int(self.n_good)
+        for row, losses, mean, moment in self.pending:
+            if row["epoch"] <= self.n_told:
+                continue
+            if row["epoch"] > n_good:
+                raise _not_finite(to_host(losses))
             row["loss"] = float(mean)
             if self.held_out is not None and bar is not None:
                 self._measure(row)
                 moment = self.clock.now()
             row["seconds"] = self.clock.seconds(moment)
             self.history.append(row)
+            self.n_told += 1
             if bar is not None:
                 bar.show_epoch(row)
-        if n_good < len(pending):
-            step = int(self.bad_step)
-            if step == len(self.losses):
-                raise _NotFiniteError(step, "a weight")
-            raise _NotFiniteError(step + 1, "the loss")
+        self.pending = []
         if self.checkpoint is not None and bar is not None and self.checkpoint.due(self.history):
             self.checkpoint.save(self)
 
@@ -363,7 +370,8 @@ class _Run:
         assert self.held_out is not None
         for name, value in _evaluate(self.model, self.held_out, self.loss).items():
             if not math.isfinite(value) and name != "r2":
-                raise _NotFiniteError(self.data.n_steps, f"the validation {name}")
+                what = f"the validation {name} is not finite"
+                raise _NotFiniteError(self.data.n_steps, what)
             row[f"validation_{name}"] = value
         loss = row["validation_loss"]
         if self.patience is not None and (self.best is None or loss < self.best[0]):
@@ -376,10 +384,13 @@ class _Run:
 
     def give_up(self) -> None:
         """Put back the weights of the last epoch that ended well, the last of the history."""
+        self.history.truncate(self.n_told)  # a row may have been written in part
+        if not self.n_told:
+            self.history.columns.clear()
         if self.held_out is None:  # else epochs count only when they have been measured
             with suppress(_NotFiniteError):
                 self.look(None)
-        self.flat[...] = self.good[len(self.history) % 2]
+        self.flat[...] = self.good[self.n_told % 2]
 
     def take_up(self) -> None:
         """Go on from where the checkpoint says, if there is one."""
@@ -400,6 +411,8 @@ class _Run:
             self.best = loss, epoch, self.model.device.asarray(arrays["best"])
         self.history.columns = {name: list(values) for name, values in state["columns"].items()}
         self.clock.before = self.history.seconds
+        self.n_told = len(self.history)
+        self.n_good[...] = self.n_told
 
     def state(self) -> tuple[dict[str, Array], dict[str, Any]]:
         """Return the arrays and the numbers from which training can go on."""
@@ -588,6 +601,15 @@ class _Squares:
         return float(scores.mean())
 
 
+def _not_finite(losses: np.ndarray[Any, Any]) -> _NotFiniteError:
+    """Say what went wrong in an epoch that did not end well."""
+    finite = np.isfinite(losses)
+    if finite.all():
+        return _NotFiniteError(len(losses), "a weight is not finite")
+    step = int(finite.argmin())
+    return _NotFiniteError(step + 1, f"the loss is {losses[step]}, which is not finite")
+
+
 class _NotFiniteError(Exception):
     """A number stopped being finite; `step` counts from 1 inside the epoch."""
 
@@ -605,7 +627,7 @@ def _explain(
     loss: Loss,
 ) -> str:
     """Say where a number stopped being finite, why, and what to do."""
-    where = f"epoch {len(history) + 1}, step {error.step}: {error.what} is not finite"
+    where = f"epoch {len(history) + 1}, step {error.step}: {error.what}"
     for name, array in data.items():
         place = _first_non_finite(array)
         if place is not None:
@@ -616,18 +638,27 @@ def _explain(
     cure = f"try learning_rate={rate / 10:g} instead of {rate:g}" if rate else "lower its rate"
     gradient_descent = isinstance(optimizer, GradientDescent) and type(model) is Linear
     if gradient_descent and loss is mean_squared_error and hasattr(data["X"], "dtype"):
-        largest = largest_stable_learning_rate(
-            data["X"],
-            n_outputs=model.sizes[1],
-            bias="bias" in model.parameters,
-            momentum=optimizer.momentum,  # type: ignore[attr-defined]
-        )
+        largest = math.inf
+        with suppress(DataError):  # squares that are infinite: no rate is small enough
+            largest = largest_stable_learning_rate(
+                data["X"],
+                n_outputs=model.sizes[1],
+                bias="bias" in model.parameters,
+                momentum=optimizer.momentum,  # type: ignore[attr-defined]
+            )
         if rate is not None and rate > largest:
             cure = (
-                f"with all samples at once the largest stable learning_rate is {largest:.3g}, "
+                "with all samples at once the largest stable learning_rate is "
+                f"{_rounded_down(largest):g}, "
                 f"yours is {rate:g}"
             )
     return f"{where}. The steps may be too large: {cure}, or standardise the features"
+
+
+def _rounded_down(value: float) -> float:
+    """Return a positive number with three digits, not above it."""
+    unit = 10.0 ** (math.floor(math.log10(value)) - 2)
+    return math.floor(value / unit) * unit
 
 
 def _first_non_finite(array: Any) -> tuple[int, int] | None:
@@ -692,7 +723,14 @@ def _positive_integer(name: str, value: Any) -> int:
 
 def _settings(optimizer: Optimizer) -> Any:
     """Return what makes an optimizer equal to another."""
-    return optimizer.settings() if hasattr(optimizer, "settings") else repr(optimizer)
+    return optimizer.settings() if hasattr(optimizer, "settings") else _named(optimizer)
+
+
+def _named(thing: Any) -> str:
+    """Return what tells a loss or a schedule from others, also in another process."""
+    if type(thing).__repr__ in (object.__repr__, type(_named).__repr__):  # with its address
+        return str(getattr(thing, "__qualname__", type(thing).__qualname__))
+    return repr(thing)
 
 
 def _fingerprint(X: Any, y: Any) -> Any:
@@ -701,8 +739,12 @@ def _fingerprint(X: Any, y: Any) -> Any:
 
 
 def _usual_loss(X: Any, y: Any) -> str:
-    if y is None and not hasattr(X, "dtype"):
-        _, y = next(iter(X))
+    if y is None:
+        for pair in () if hasattr(X, "dtype") else X:
+            y = pair[1] if isinstance(pair, tuple | list) and len(pair) == 2 else None
+            break
+        if y is None:
+            return "mean_squared_error"  # _source says what is wrong
         y = y if hasattr(y, "dtype") else np.asarray(y)
     device_of(y)  # refuses what is no array
     is_labels = y.dtype.kind in "iu" and y.ndim == 1

@@ -454,6 +454,12 @@ def test_the_smallest_limit_is_exact_and_is_named(device, rng, dtype, shape):
     m, n, k = shape
     a, b = numbers(rng, (m, k), np.dtype(dtype)), numbers(rng, (k, n), np.dtype(dtype))
     limit = smallest_limit(a, b, device)
+    plan = plan_for(a, b, memory_limit=limit, device=device)
+    itemsizes = plan.itemsize, plan.sum_itemsize
+    least = blocking.smallest_memory(
+        m, n, k, itemsizes[0], sum_itemsize=itemsizes[1], buffers=plan.buffers
+    )
+    assert plan.budget == plan.memory == least
     assert blocked_matmul(a, b, memory_limit=limit, device=device).shape == (m, n)
     with pytest.raises(gpuml.DataError, match="is too small") as caught:
         blocked_matmul(a, b, memory_limit=limit - 1, device=device)

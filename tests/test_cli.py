@@ -21,7 +21,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import gpuml
-from gpuml import cli, load_model, training
+from gpuml import batches, cli, load_model, training
 from gpuml.devices import Device
 from gpuml.doctor import Diagnosis
 
@@ -760,7 +760,7 @@ class After:
     """Batches as usual, but in one epoch something happens instead."""
 
     def __init__(self, epoch: int, error: type[BaseException]) -> None:
-        self.left, self.error, self.real = epoch, error, training.batches
+        self.left, self.error, self.real = epoch, error, batches.batches
 
     def __call__(self, *arguments, **options):
         if options.get("generator") is not None:  # a training epoch, not an evaluation
@@ -773,7 +773,7 @@ class After:
 def test_ctrl_c_keeps_the_model_of_the_last_finished_epoch(call, works, monkeypatch):
     written(table())
     works("train", "table.csv", "--epochs", "3", "--output", "three")
-    monkeypatch.setattr(training, "batches", After(4, KeyboardInterrupt))
+    monkeypatch.setattr(batches, "batches", After(4, KeyboardInterrupt))
     code, out, err = call("train", "table.csv", "--epochs", "9", "--output", "run")
     assert code == 130
     assert re.fullmatch("gpuml: stopped by Ctrl-C: .* 3 .*the model of epoch 3 is kept\n", err)
@@ -791,13 +791,13 @@ def test_ctrl_c_before_the_first_epoch_has_ended_leaves_nothing(call, monkeypatc
     Path("mine").mkdir()
     before = tree()
     if where == "first epoch":
-        monkeypatch.setattr(training, "batches", After(1, KeyboardInterrupt))
+        monkeypatch.setattr(batches, "batches", After(1, KeyboardInterrupt))
     else:
 
         def stop(*_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(training, "_prepared", stop)
+        monkeypatch.setattr(training, "_source", stop)
     code, out, err = call("train", "table.csv", *output)
     assert (code, out) == (130, "")
     assert re.fullmatch("gpuml: stopped by Ctrl-C.*nothing saved.*\n", err)
@@ -808,7 +808,7 @@ def test_ctrl_c_keeps_an_earlier_run_where_no_epoch_was_finished(call, works, mo
     written(table())
     works("train", "table.csv", *QUICK, "--output", "run")
     before = tree()
-    monkeypatch.setattr(training, "batches", After(1, KeyboardInterrupt))
+    monkeypatch.setattr(batches, "batches", After(1, KeyboardInterrupt))
     assert call("train", "table.csv", "--output", "run", "--overwrite").code == 130
     assert tree() == before
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
@@ -304,6 +304,8 @@ def test_a_change_of_one_element_changes_the_fingerprint(shape, dtype, order, ch
 
 @quick
 @given(places=st.lists(st.integers(0, 2**16 - 1), min_size=2, max_size=2, unique=True))
+@example(places=[3, 4])
+@example(places=[5, 5 + module.WORDS])  # one below the other, where words are summed in columns
 def test_exchanged_elements_change_the_fingerprint(places):
     """Sums alone would not see it."""
     x = np.arange(2**16, dtype=np.int64).reshape(64, 1024)

@@ -291,18 +291,18 @@ def bytes_of(part) -> set[int]:
 
 @quick
 @given(
-    offsets=st.tuples(*[st.integers(0, 3).map(lambda i: i * 4)] * 2),
+    offsets=st.tuples(*[st.sampled_from([0, 4, 8, PAGE, PAGE + 4, 2 * PAGE, 2 * PAGE + 8])] * 2),
     rows=st.tuples(*[st.integers(0, 9)] * 4),
     mode=st.sampled_from(["r", "r+", "c"]),
     name=st.sampled_from(["x", "./x", "link", "hard"]),
 )
 def test_two_maps_of_one_file_overlap_where_their_bytes_do(tmp_path, offsets, rows, mode, name):
-    numbered(tmp_path / "x", (11, 4), 12)
+    numbered(tmp_path / "x", (10, 500), 3 * PAGE)
     for link, make in (("link", os.symlink), ("hard", os.link)):
         if not (tmp_path / link).exists():
             make(tmp_path / "x", tmp_path / link)
-    a = np.memmap(tmp_path / "x", "<i4", "r+", offsets[0], (10, 4))
-    b = np.memmap(tmp_path / name, "<i4", mode, offsets[1], (10, 4))
+    a = np.memmap(tmp_path / "x", "<i4", "r+", offsets[0], (10, 500))
+    b = np.memmap(tmp_path / name, "<i4", mode, offsets[1], (10, 500))
     a, b = a[rows[0] : rows[0] + rows[1] + 1], b[rows[2] : rows[2] + rows[3] + 1]
     expected = bool(bytes_of(a) & bytes_of(b))
     assert overlap(a, b) is expected

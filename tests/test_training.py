@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import csv
 import math
+import re
+import sys
 
 import numpy as np
 import pytest
 import threadpoolctl
-from sklearn.linear_model import LinearRegression, LogisticRegression
+from sklearn.linear_model import LinearRegression, LogisticRegression, Ridge
+from sklearn.neural_network import MLPClassifier
 
 import gpuml
 from gpuml import MLP, Adam, GradientDescent, Linear, devices, training
@@ -190,8 +193,15 @@ def test_data_on_a_gpu_and_a_model_on_the_cpu_are_refused(device, rng):
         gpuml.train(MLP([4, 8, 2], device="cpu"), X, y)
 
 
+@pytest.mark.parametrize(
+    ("heartbeat", "n_epochs"),
+    [(0, 5), (training.HEARTBEAT, 10**6), (1e9, 5)],  # in each step, now and then, at the end
+)
 @pytest.mark.parametrize("bad", ["nan", "inf"])
-def test_divergence_ends_at_once_with_the_place_and_the_cure(device, rng, bad):
+def test_divergence_ends_at_once_with_the_place_and_the_cure(
+    device, rng, monkeypatch, bad, heartbeat, n_epochs
+):
+    monkeypatch.setattr(training, "HEARTBEAT", heartbeat)
     X, y = small_problem(rng)
     model = MLP([4, 8, 2], device=device)
     steps = []
@@ -202,11 +212,14 @@ def test_divergence_ends_at_once_with_the_place_and_the_cure(device, rng, bad):
         return (value * float(bad) if len(steps) == 9 else value), gradient
 
     with pytest.raises(gpuml.DivergenceError) as caught:
-        gpuml.train(model, X, y, loss=failing, n_epochs=5, batch_size=16, optimizer=Adam(0.02))
+        gpuml.train(
+            model, X, y, loss=failing, n_epochs=n_epochs, batch_size=16, optimizer=Adam(0.02)
+        )
     text = str(caught.value)  # 60 samples in 4 batches: the 9th step is the first of epoch 3
-    assert f"epoch 3, step 1: the loss is {bad}" in text
+    assert f"epoch 3, step 1: the loss is {bad}, which is not finite" in text
     assert "learning_rate=0.002 instead of 0.02" in text
-    assert len(steps) <= 12, "no further epoch"
+    if heartbeat == 0:
+        assert len(steps) == 9, "no further step"
     assert len(caught.value.history) == 2
 
     twin = MLP([4, 8, 2], device=device)
@@ -279,27 +292,62 @@ def test_ctrl_c_leaves_the_last_finished_epoch(device, rng):
     )
 
 
-def test_history_and_weights_agree_wherever_ctrl_c_comes(device, rng, monkeypatch):
-    X, y = small_problem(rng)
-    model = MLP([4, 8, 2], device=device)
-    keep = training._Good.keep
+@pytest.mark.parametrize("seldom", [True, False], ids=["looked at seldom", "looked at often"])
+@pytest.mark.parametrize("validated", [True, False], ids=["validated", "not validated"])
+def test_history_and_weights_agree_wherever_ctrl_c_comes(
+    device, rng, monkeypatch, validated, seldom
+):
+    """Ctrl-C before each line of what runs between two steps, one after the other."""
+    monkeypatch.setattr(training, "HEARTBEAT", 1e9 if seldom else 0.0)
+    X, y = small_problem(rng, 20)
+    data = {"validation_data": (X, y)} if validated else {}
+    methods = ["_Run.train", "_Run._one_epoch", "_Run._note", "_Run.look", "History.append"]
+    methods += ["_Run._measure"] * validated
+    watched = dict.fromkeys(methods, 0)
 
-    def interrupted(self, epoch):
-        if epoch == 3:
-            raise KeyboardInterrupt  # the row of epoch 3 is written, its weights are not kept
-        keep(self, epoch)
+    def run(n_epochs, at=None):
+        """Return weights and history; stopped before that line, counted through the run."""
+        model, count = MLP([4, 3, 2], device=device), 0
 
-    monkeypatch.setattr(training._Good, "keep", interrupted)
-    with pytest.raises(gpuml.TrainingInterrupted) as caught:
-        gpuml.train(model, X, y, n_epochs=5, batch_size=16)
-    history = caught.value.history
-    assert [len(column) for column in history.columns.values()] == [2] * len(history.columns)
-    monkeypatch.undo()
-    twin = MLP([4, 8, 2], device=device)
-    gpuml.train(twin, X, y, n_epochs=2, batch_size=16)
-    np.testing.assert_array_equal(
-        gpuml.to_host(model.parameters.flat), gpuml.to_host(twin.parameters.flat)
-    )
+        def trace(frame, event, _):
+            nonlocal count
+            name = frame.f_code.co_qualname
+            if name not in methods:
+                return None
+            if event == "line":
+                count += 1
+                watched[name] += 1
+                if count == at:
+                    raise KeyboardInterrupt
+            return trace
+
+        before = sys.gettrace()
+        try:
+            sys.settrace(trace)
+            history = gpuml.train(model, X, y, n_epochs=n_epochs, batch_size=10, **data)
+        except gpuml.TrainingInterrupted as error:
+            history = error.history
+        except KeyboardInterrupt:
+            history = None  # before training began
+        finally:
+            sys.settrace(before)
+        return gpuml.to_host(model.parameters.flat), history, count
+
+    expected = {n: run(n) for n in (1, 2, 3)}
+    expected[0] = gpuml.to_host(MLP([4, 3, 2], device=device).parameters.flat), None, 0
+    lines = expected[3][2]
+    assert all(watched.values())
+    reached = set()
+    for at in range(1, lines + 1):
+        weights, history, _ = run(3, at)
+        n = 0 if history is None else len(history)
+        reached.add(n)
+        np.testing.assert_array_equal(weights, expected[n][0], err_msg=f"{at}: {n} epochs")
+        if n:
+            columns = expected[3][1].columns.keys()
+            assert {k: len(v) for k, v in history.columns.items()} == dict.fromkeys(columns, n)
+            assert history["loss"] == expected[3][1]["loss"][:n], at
+    assert reached == {0, 1, 2, 3}
 
 
 def test_long_epochs_are_looked_at_while_they_run(device, rng, monkeypatch):
@@ -452,3 +500,179 @@ def test_evaluation_limits_blas_threads_too(rng):
     with threadpoolctl.threadpool_limits(2, user_api="blas"):
         gpuml.evaluate(MLP([4, 8, 2], device="cpu"), X, y, loss=watching)
     assert seen == {1}
+
+
+# --- against scikit-learn --------------------------------------------------------------------
+
+
+def test_weight_decay_is_ridge_regression(device, rng):
+    """Mean of squares + decay / 2 · |W|² is Ridge's sum of squares + alpha |W|², over n."""
+    X = rng.normal(size=(120, 5))
+    y = X @ rng.normal(size=5) + 3 + 0.5 * rng.normal(size=120)
+    alpha = 20.0
+    model = Linear(5, 1, dtype=np.float64, device=device)
+    optimizer = GradientDescent(0.1, momentum=0.5, weight_decay=2 * alpha / 120)
+    gpuml.train(model, X, y, optimizer=optimizer, n_epochs=500, batch_size=None)
+    exact = Ridge(alpha=alpha).fit(X, y)
+    weight, bias = (gpuml.to_host(model.parameters[name]) for name in ("weight", "bias"))
+    np.testing.assert_allclose(weight[:, 0], exact.coef_, rtol=1e-8)
+    np.testing.assert_allclose(bias[0, 0], exact.intercept_, rtol=1e-8)
+    free = LinearRegression().fit(X, y)
+    assert abs(free.coef_ - exact.coef_).max() > 0.05, "the decay matters"
+
+
+@pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_an_epoch_of_a_network_is_that_of_scikit_learn(device, rng, momentum):
+    X = rng.normal(size=(205, 6))
+    y = rng.integers(3, size=205)
+    reference = MLPClassifier(
+        (8,),
+        solver="sgd",
+        alpha=0.0,
+        batch_size=20,
+        learning_rate_init=0.05,
+        momentum=momentum,
+        nesterovs_momentum=False,
+        shuffle=False,
+        max_iter=1,
+        random_state=0,
+        warm_start=True,
+    )
+    model = MLP([6, 8, 3], dtype=np.float64, device=device)
+    start = [gpuml.to_host(p).copy() for p in model.parameters.values()]
+
+    # It begins with these weights instead of its own random ones.
+    initialize = MLPClassifier._initialize
+
+    def begin(self, *arguments):
+        initialize(self, *arguments)
+        self.coefs_ = [start[0].copy(), start[2].copy()]
+        self.intercepts_ = [start[1][0].copy(), start[3][0].copy()]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MLPClassifier, "_initialize", begin)
+        reference.fit(X, y)
+    optimizer = GradientDescent(0.05, momentum=momentum)
+    history = gpuml.train(
+        model, X, y, optimizer=optimizer, n_epochs=1, batch_size=20, shuffle=False
+    )
+    parts = zip(reference.coefs_, reference.intercepts_, strict=True)
+    expected = np.concatenate([part.ravel() for pair in parts for part in pair])
+    np.testing.assert_allclose(gpuml.to_host(model.parameters.flat), expected, atol=1e-5, rtol=0)
+    assert abs(expected - np.concatenate([p.ravel() for p in start])).max() > 0.01
+    assert history["loss"][0] == pytest.approx(reference.loss_, rel=1e-6)
+
+
+# --- validation, patience, divergence --------------------------------------------------------
+
+
+def numbers_to_predict(rng, n=80):
+    X = rng.normal(size=(n, 3))
+    return X, X @ rng.normal(size=(3, 2)) * [1, 5] + [0, 3] + 0.1 * rng.normal(size=(n, 2))
+
+
+def test_validation_of_numbers_has_r2(device, rng, monkeypatch):
+    X, Y = numbers_to_predict(rng)
+    model = Linear(3, 2, dtype=np.float64, device=device)
+    for rows in (7, 8192):  # in several batches, and in one
+        monkeypatch.setattr(training, "EVALUATED_ROWS", rows)
+        history = gpuml.train(model, X[:50], Y[:50], validation_data=(X[50:], Y[50:]), n_epochs=3)
+        assert "validation_accuracy" not in history.columns
+        residual = ((gpuml.predict(model, X[50:]) - Y[50:]) ** 2).sum(axis=0)
+        total = ((Y[50:] - Y[50:].mean(axis=0)) ** 2).sum(axis=0)
+        expected = (1 - residual / total).mean()
+        assert history["validation_r2"][-1] == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("task", ["classes", "numbers"])
+def test_a_validation_set_of_one_row(device, rng, task):
+    X, Y = numbers_to_predict(rng)
+    y, model = (Y, Linear(3, 2, device=device))
+    if task == "classes":
+        y, model = rng.integers(2, size=80), MLP([3, 4, 2], device=device)
+    history = gpuml.train(model, X, y, validation_data=(X[:1], y[:1]), n_epochs=2)
+    assert np.isfinite(history["validation_loss"]).all()
+    if task == "classes":
+        assert set(history["validation_accuracy"]) <= {0.0, 1.0}
+    else:
+        assert history["validation_r2"] == [0.0, 0.0], "as scikit-learn's constant targets"
+
+
+def test_an_empty_validation_set_is_refused(device, rng):
+    X, Y = numbers_to_predict(rng)
+    model = Linear(3, 2, device=device)
+    with pytest.raises(ValueError, match=r"shape \(0, 3\), .*not empty"):
+        gpuml.train(model, X, Y, validation_data=(X[:0], Y[:0]))
+    assert not gpuml.to_host(model.parameters.flat).any()
+
+
+@pytest.mark.parametrize("engine", ["eager", "one_pass"])
+def test_a_last_batch_of_one_row(device, rng, engine):
+    X, Y = numbers_to_predict(rng, 81)
+    model, twin = (Linear(3, 2, dtype=np.float64, device=device) for _ in range(2))
+    options = {"optimizer": GradientDescent(0.05), "n_epochs": 1, "shuffle": False}
+    history = gpuml.train(model, X, Y, batch_size=20, engine=engine, **options)
+    assert history.n_steps == 5
+    for start in range(0, 81, 20):
+        rows = slice(start, start + 20)
+        gpuml.train(twin, X[rows], Y[rows], batch_size=None, **options)
+    np.testing.assert_allclose(
+        gpuml.to_host(model.parameters.flat), gpuml.to_host(twin.parameters.flat), rtol=1e-10
+    )
+
+
+def test_patience_stops_and_takes_the_best_weights(device, rng):
+    X, y = small_problem(rng, 40)
+    y_wrong = rng.integers(2, size=40)  # labels that say nothing: soon learned by heart
+    options = {"optimizer": Adam(0.05), "batch_size": 10, "validation_data": (X[20:], y_wrong[20:])}
+    model = MLP([4, 16, 2], device=device)
+    history = gpuml.train(model, X[:20], y_wrong[:20], n_epochs=200, patience=4, **options)
+    best = history.best_epoch()
+    assert len(history) == best + 4 < 200
+    assert history.notes == [f"stopped early: not better since epoch {best}"]
+    twin = MLP([4, 16, 2], device=device)
+    gpuml.train(twin, X[:20], y_wrong[:20], n_epochs=best, **options)
+    np.testing.assert_array_equal(
+        gpuml.to_host(model.parameters.flat), gpuml.to_host(twin.parameters.flat)
+    )
+    # Without running out of patience the best weights are taken as well.
+    third = MLP([4, 16, 2], device=device)
+    shorter = gpuml.train(third, X[:20], y_wrong[:20], n_epochs=best + 2, patience=4, **options)
+    assert (len(shorter), shorter.notes) == (best + 2, [])
+    np.testing.assert_array_equal(
+        gpuml.to_host(third.parameters.flat), gpuml.to_host(twin.parameters.flat)
+    )
+    with pytest.raises(ValueError, match="patience needs validation_data"):
+        gpuml.train(model, X, y, patience=3)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+@pytest.mark.parametrize("engine", ["eager", "one_pass", "gram"])
+def test_a_linear_model_that_diverges_learns_the_largest_stable_rate(device, rng, engine, momentum):
+    X, Y = numbers_to_predict(rng)
+    options = {"n_epochs": 5000, "batch_size": None, "engine": engine}
+
+    def loss(rate):
+        model = Linear(3, 2, dtype=np.float64, device=device)
+        optimizer = GradientDescent(rate, momentum=momentum)
+        return gpuml.train(model, X, Y, optimizer=optimizer, **options)["loss"][-1]
+
+    with pytest.raises(gpuml.DivergenceError) as caught:
+        loss(20.0)
+    text = str(caught.value)
+    assert re.search(r"step 1: (the loss is \S+, which|a weight) is not finite\. ", text)
+    found = re.search("largest stable learning_rate is ([^,]+), yours is 20", text)
+    rate = float(found.group(1))
+    assert loss(rate) < 1, "it is stable"
+    with pytest.raises(gpuml.DivergenceError):
+        loss(rate * 1.15)
+
+
+def test_features_whose_squares_overflow_are_no_other_error(device):
+    X = np.full((10, 2), 1e200)
+    with pytest.raises(gpuml.DivergenceError, match="standardise the features"):
+        gpuml.train(
+            Linear(2, 1, dtype=np.float64, device=device), X, X[:, :1],
+            optimizer=GradientDescent(0.1), batch_size=None,
+        )  # fmt: skip

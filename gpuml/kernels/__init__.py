@@ -19,7 +19,7 @@ def names() -> list[str]:
     Examples
     --------
     >>> names()
-    ['matmul_naive', 'matmul_small', 'matmul_tiled', 'vector_add']
+    ['linear_gradient', 'matmul_naive', 'matmul_small', 'matmul_tiled', 'vector_add']
     """
     files = (entry.name for entry in resources.files(__name__).iterdir())
     return sorted(name.removesuffix(".cu") for name in files if name.endswith(".cu"))

@@ -5,8 +5,8 @@
 // VALUES features, their weights, and their part of the gradient, over all rows of the group.
 // All sums have a fixed order: the same bits each time.
 //
-// Launch linear_gradient: any number of blocks of THREADS threads; each block writes a partial sum.
-// Launch linear_gradient_sum: ceil(SIZE / 32) blocks of 32 x 8 threads.
+// Launch: linear_gradient with any number of blocks of THREADS threads, each of which writes a
+// partial sum; then linear_gradient_sum with ceil(SIZE / 32) blocks of 32 x 8 threads.
 
 #ifndef FEATURES  // the sizes are compiled in, so that rows, weights and sums stay in registers
 #define ELEMENT float

@@ -1,0 +1,478 @@
+"""Training that is killed and started again ends with the bits of one that was not."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+import gpuml
+from gpuml import MLP, Adam, CheckpointError, GradientDescent, Linear, batches, schedules, training
+from gpuml.losses import softmax_cross_entropy
+
+N_EPOCHS = 60
+N_KILLS = 8
+
+
+def data(folder):
+    """Return X and y, labels with noise, and validation data; also as a file."""
+    rng = np.random.default_rng(5)
+    X = rng.normal(size=(110, 4)).astype(np.float32)
+    y = (X[:, 0] + rng.normal(size=110) > 0).astype(np.int64)
+    if folder is not None and not (folder / "X.npy").exists():
+        np.save(folder / "X.npy", X)
+    return X[:90], y[:90], (X[90:], y[90:])
+
+
+def mlp(device):
+    return MLP([4, 5, 2], device=device)
+
+
+CASES = {
+    "momentum": {"optimizer": GradientDescent(0.05, momentum=0.9)},
+    "Adam": {"optimizer": Adam(0.01)},
+    "weight decay": {"optimizer": Adam(0.01, weight_decay=0.1), "seed": 3},
+    "schedule": {
+        "optimizer": GradientDescent(0.1, momentum=0.5),
+        "schedule": schedules.cosine(warmup=3),
+    },
+    "patience": {"optimizer": Adam(0.05), "patience": 25, "validated": True},
+    "in order": {"optimizer": Adam(0.01), "shuffle": False, "validated": True},
+    "memory map": {"optimizer": Adam(0.01), "mapped": True},
+    "one_pass": {"optimizer": Adam(0.05), "regression": True, "engine": "one_pass"},
+    "gram": {
+        "optimizer": GradientDescent(0.01, momentum=0.9),
+        "regression": True,
+        "engine": "gram",
+        "batch_size": None,
+    },
+    "mapped full batch": {"optimizer": Adam(0.05), "mapped": True, "batch_size": None},
+}
+
+
+def train(case, folder, device="cpu", **change):
+    """Train from the beginning, or go on; return the model and its history."""
+    options = {"n_epochs": N_EPOCHS, "batch_size": 16} | CASES[case]
+    X, y, validation_data = data(folder)
+    if options.pop("mapped", False):
+        X = np.load(folder / "X.npy", mmap_mode="r")[:90]
+    if options.pop("validated", False):
+        options["validation_data"] = validation_data
+    model = mlp(device)
+    if options.pop("regression", False):
+        y = X[:, :2] + y[:, None]
+        model = Linear(4, 2, device=device)
+    options |= change
+    X, y, model = options.pop("X", X), options.pop("y", y), options.pop("model", model)
+    return model, gpuml.train(model, X, y, **options)
+
+
+def outcome(model, history):
+    """Return the bits of the weights, and all that the history tells but the time."""
+    columns = {name: column for name, column in history.columns.items() if name != "seconds"}
+    seconds = history["seconds"]
+    return {
+        "weights": gpuml.to_host(model.parameters.flat).tobytes().hex(),
+        "columns": json.loads(json.dumps(columns)),
+        "notes": history.notes,
+        "grows": seconds == sorted(seconds),
+    }
+
+
+def small_chunks(patch):
+    """Make several chunks and blocks of few rows."""
+    patch.setattr(batches, "MAPPED_CHUNK_BYTES", 40 * 24)
+    patch.setattr(batches, "BLOCK_BYTES", 5 * 24)
+
+
+# --- kill -9 ---------------------------------------------------------------------------------
+
+
+def in_a_child(work, *arguments, **options):
+    """Run a function in a fork of this process; return the process's number."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        work(*arguments, **options)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(1)
+
+
+def run_to_the_end(case, folder, name, **options):
+    result = outcome(*train(case, folder, **options))
+    (folder / f"{name}.json").write_text(json.dumps(result))
+
+
+def kill_and_resume(case, folder):
+    """Run once without interruption, and once killed at random moments; write how often."""
+    data(folder)
+    alone = {"checkpoint": folder / "alone.safetensors"}  # so that it takes as long
+    kept = {"checkpoint": folder / "run.safetensors"}
+    rng = random.Random(case)
+    begin = time.perf_counter()
+    assert os.waitpid(in_a_child(run_to_the_end, case, folder, "written", **alone), 0)[1] == 0
+    duration = time.perf_counter() - begin
+    assert os.waitpid(in_a_child(run_to_the_end, case, folder, "alone"), 0)[1] == 0
+    kills, status = 0, None
+    while status != 0:
+        child = in_a_child(run_to_the_end, case, folder, "kept", **kept)
+        if kills < N_KILLS:
+            time.sleep(rng.uniform(0, duration / 10))
+            os.kill(child, signal.SIGKILL)
+        status = os.waitpid(child, 0)[1]
+        assert status in (0, signal.SIGKILL)
+        kills += status == signal.SIGKILL
+    left = [p.name for p in folder.iterdir() if p.name.startswith(".run-")]
+    (folder / "kills.json").write_text(json.dumps([kills, left]))
+
+
+def kill_and_resume_all(folder):
+    """All cases side by side: most of their time they wait for the disk."""
+    small_chunks(pytest.MonkeyPatch())
+    children = []
+    for i, case in enumerate(CASES):
+        (folder / str(i)).mkdir()
+        children.append(in_a_child(kill_and_resume, case, folder / str(i)))
+    for child in children:
+        os.waitpid(child, 0)
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    """The folder in which each case has a folder, by its number, with what it came to."""
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork and kill -9")
+    folder = tmp_path_factory.mktemp("killed")
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from pathlib import Path; import test_resume\n"
+        f"test_resume.kill_and_resume_all(Path({str(folder)!r}))"
+    )
+    # one thread, so that the process may be forked
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "GPUML_DEVICE": "cpu"}
+    subprocess.run([sys.executable, "-c", script], env=environment, timeout=300, check=True)
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_at_random_moments_it_ends_with_the_same_bits(killed, case):
+    folder = killed / str(list(CASES).index(case))
+    kept, written, alone = (
+        json.loads((folder / f"{name}.json").read_text()) for name in ("kept", "written", "alone")
+    )
+    assert kept == written == alone
+    assert alone["grows"]
+    kills, left = json.loads((folder / "kills.json").read_text())
+    assert kills >= 3
+    assert not left, "what a killed run left beside the file is cleared away"
+
+
+# --- interrupted inside ----------------------------------------------------------------------
+
+
+class Stopped(BaseException):
+    """As a kill, but one that a test survives."""
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stopped_after_any_write_it_ends_with_the_same_bits(device, case, tmp_path, monkeypatch):
+    small_chunks(monkeypatch)
+    expected = outcome(*train(case, tmp_path, device, n_epochs=12))
+    save, left = training.save_checkpoint, 0
+
+    def stopping(*arguments, **named):
+        nonlocal left
+        left -= 1
+        save(*arguments, **named)
+        if left == 0:
+            raise Stopped
+
+    monkeypatch.setattr(training, "save_checkpoint", stopping)
+    path = tmp_path / "run.safetensors"
+    n_stopped = 0
+    while True:
+        left = 1 + n_stopped % 3
+        try:
+            run = train(case, tmp_path, device, n_epochs=12, checkpoint=path)
+            break
+        except Stopped:
+            n_stopped += 1
+    assert n_stopped >= 4
+    assert outcome(*run) == expected
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_stopped_in_the_middle_of_an_epoch(device, tmp_path, every):
+    X, y, _ = data(None)
+
+    def run(stop, **options):
+        steps = 0
+
+        def loss(predictions, labels):
+            nonlocal steps
+            steps += 1
+            if steps == stop:
+                raise Stopped
+            return softmax_cross_entropy(predictions, labels)
+
+        model = mlp(device)
+        optimizer = GradientDescent(0.05, momentum=0.9)
+        return model, gpuml.train(
+            model, X, y, loss=loss, optimizer=optimizer, n_epochs=8, batch_size=16, **options
+        )
+
+    expected = outcome(*run(0))
+    kept = {"checkpoint": tmp_path / "run.safetensors", "checkpoint_every": every}
+    for stop in (3, 27, 20):  # of 6 steps in each epoch
+        with pytest.raises(Stopped):
+            run(stop, **kept)
+    assert outcome(*run(0, **kept)) == expected
+
+
+def test_ctrl_c_and_the_same_call_again(device, tmp_path):
+    """In a notebook the model then holds weights of the middle already."""
+    X, y, _ = data(None)
+    expected = outcome(*train("Adam", tmp_path, device, n_epochs=6))
+    calls = 0
+
+    class Interrupting(Adam):
+        def update(self, *arguments):
+            nonlocal calls
+            calls += 1
+            if calls == 20:
+                raise KeyboardInterrupt
+            super().update(*arguments)
+
+    model = mlp(device)
+    options = {
+        "optimizer": Interrupting(0.01),
+        "n_epochs": 6,
+        "batch_size": 16,
+        "checkpoint": tmp_path / "run.safetensors",
+    }
+    with pytest.raises(gpuml.TrainingInterrupted) as caught:
+        gpuml.train(model, X, y, **options)
+    assert len(caught.value.history) == 3
+    assert outcome(model, gpuml.train(model, X, y, **options)) == expected
+
+
+# --- what is refused -------------------------------------------------------------------------
+
+
+def own_schedule(epoch, n_epochs):
+    return 0.5**epoch
+
+
+def other_schedule(epoch, n_epochs):
+    return 0.9**epoch
+
+
+def changed(array):
+    array = array.copy()
+    array.flat[-1] += 1 - 2 * array.flat[-1] if array.dtype.kind == "i" else 1
+    return array
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"X": changed(data(None)[0])}, r"data, X was 90x4 float32 \w+ and is 90x4 float32"),
+        ({"y": changed(data(None)[1])}, "data, y was 90 int64"),
+        ({"X": data(None)[0][:89], "y": data(None)[1][:89]}, "90x4 .* and is 89x4"),
+        ({"model": MLP([4, 6, 2], device="cpu")}, "model was MLP 4-5-2 .* and is MLP 4-6-2"),
+        ({"model": MLP([4, 5, 2], device="cpu", dtype=np.float64)}, "float32.* and is .*float64"),
+        ({"optimizer": Adam(0.02)}, "optimizer, learning_rate was 0.01 and is 0.02"),
+        ({"optimizer": Adam(0.01, weight_decay=0.1)}, "weight_decay was 0.0 and is 0.1"),
+        ({"optimizer": "gradient_descent"}, "optimizer, name was adam and is gradient_descent"),
+        ({"batch_size": 17}, "batch size was 16 and is 17"),
+        ({"shuffle": False}, "shuffle was true and is false"),
+        ({"seed": 1}, "seed was 0 and is 1"),
+        ({"schedule": schedules.cosine()}, r"schedule was not? .*and is cosine|schedule was null"),
+        ({"patience": 3}, "patience was null and is 3"),
+        ({"loss": lambda p, t: softmax_cross_entropy(p, t)}, "loss was softmax_cross_entropy"),
+        ({"validation_data": (data(None)[0][:5], data(None)[1][:5])}, "validation data"),
+    ],
+)
+def test_another_model_data_or_setting_is_refused(tmp_path, change, difference):
+    path = tmp_path / "run.safetensors"
+    validated = {"validation_data": data(None)[2]} if "patience" in change else {}
+    train("Adam", tmp_path, n_epochs=2, checkpoint=path, **validated)
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match=difference) as caught:
+        train("Adam", tmp_path, n_epochs=4, checkpoint=path, **(validated | change))
+    assert "delete the file to begin anew" in str(caught.value)
+    assert path.read_bytes() == before
+
+
+def test_another_order_of_a_memory_map_is_refused(tmp_path):
+    """Its order depends on how many rows make a chunk, and so on memory_limit."""
+    path = tmp_path / "run.safetensors"
+    train("memory map", tmp_path, n_epochs=2, checkpoint=path)
+    with pytest.raises(CheckpointError, match="rows in a chunk was 90 and is 16"):
+        train("memory map", tmp_path, n_epochs=3, checkpoint=path, memory_limit=16 * 24 * 6)
+
+
+def test_a_schedule_of_another_length_is_refused(tmp_path):
+    path = tmp_path / "run.safetensors"
+    train("schedule", tmp_path, n_epochs=5, checkpoint=path)
+    with pytest.raises(CheckpointError, match="epochs of the schedule was 5 and is 6"):
+        train("schedule", tmp_path, n_epochs=6, checkpoint=path)
+
+
+def test_a_schedule_and_a_loss_of_ones_own_are_known_by_name(tmp_path):
+    """Where a function lies in memory changes from process to process."""
+    options = {"n_epochs": 4, "checkpoint": tmp_path / "run.safetensors"}
+    train("Adam", tmp_path, schedule=own_schedule, **options)
+    assert " at 0x" not in json.dumps(facts_of(tmp_path / "run.safetensors"))
+    with pytest.raises(CheckpointError, match="schedule was own_schedule and is other_schedule"):
+        train("Adam", tmp_path, schedule=other_schedule, **options)
+
+    class Objects:
+        def __call__(self, predictions, labels):
+            return softmax_cross_entropy(predictions, labels)
+
+    path = tmp_path / "object.safetensors"
+    for n_epochs in (1, 2):
+        _, history = train("Adam", tmp_path, loss=Objects(), n_epochs=n_epochs, checkpoint=path)
+        assert len(history) == n_epochs
+
+
+def facts_of(path):
+    with safe_open(path, "np") as file:
+        return json.loads(file.metadata()["gpuml_checkpoint"])["facts"]
+
+
+def test_a_model_file_is_no_checkpoint(tmp_path):
+    mlp("cpu").save(tmp_path / "run.safetensors")
+    with pytest.raises(CheckpointError, match="is no checkpoint, but a model"):
+        train("Adam", tmp_path, n_epochs=2, checkpoint=tmp_path / "run.safetensors")
+
+
+# --- finished, longer, and by the clock ------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", ["Adam", "patience", "schedule", "gram"])
+def test_a_finished_run_returns_at_once(device, case, tmp_path, monkeypatch):
+    options = {"n_epochs": 40, "checkpoint": tmp_path / "run.safetensors"}
+    first = train(case, tmp_path, device, **options)
+
+    def never(*_):
+        raise AssertionError("no step is taken")
+
+    monkeypatch.setattr(training._Run, "_one_epoch", never)
+    again = train(case, tmp_path, device, **options)
+    assert outcome(*again) == outcome(*first)
+    assert again[1]["seconds"] == first[1]["seconds"]
+    if case == "patience":
+        assert len(first[1]) < 40, "it stopped early"
+
+
+def test_more_epochs_go_on(device, tmp_path):
+    path = tmp_path / "run.safetensors"
+    for n_epochs in (3, 4, 9):
+        run = train("momentum", tmp_path, device, n_epochs=n_epochs, checkpoint=path)
+        assert len(run[1]) == n_epochs
+        assert outcome(*run) == outcome(*train("momentum", tmp_path, device, n_epochs=n_epochs))
+
+
+def writes(monkeypatch):
+    """Note after which epoch the file is written."""
+    found, save = [], training.save_checkpoint
+
+    def noted(*arguments, **named):
+        found.append(len(named["state"]["columns"]["epoch"]))
+        save(*arguments, **named)
+
+    monkeypatch.setattr(training, "save_checkpoint", noted)
+    return found
+
+
+@pytest.mark.parametrize("every", [1, 3, 100])
+def test_it_is_written_every_so_many_epochs_and_at_the_end(tmp_path, monkeypatch, every):
+    found = writes(monkeypatch)
+    path = tmp_path / "run.safetensors"
+    train("Adam", tmp_path, n_epochs=7, checkpoint=path, checkpoint_every=every)
+    assert set(found) == {*range(every, 8, every), 7}
+
+
+def test_it_is_written_by_the_clock(tmp_path, monkeypatch):
+    now = 100.0
+
+    def clock():
+        return now
+
+    monkeypatch.setattr(training.time, "monotonic", clock)
+
+    class Slow(Adam):
+        def update(self, *arguments):
+            nonlocal now
+            now += 0.05 / 6  # six steps in an epoch
+            super().update(*arguments)
+
+    found = writes(monkeypatch)
+    train(
+        "Adam",
+        tmp_path,
+        optimizer=Slow(0.01),
+        n_epochs=20,
+        checkpoint=tmp_path / "run.safetensors",
+        checkpoint_every="0.2 s",
+    )
+    gaps = np.diff([0, *sorted(set(found))])
+    assert 3 <= len(gaps) <= 6
+    assert set(gaps[:-1]) <= {4, 5}
+
+
+@pytest.mark.parametrize("every", [0, -1, 1.5, "0 s", "ten min", "5", "-3 s", "inf s", "5 days"])
+def test_a_senseless_interval_is_explained(tmp_path, every):
+    with pytest.raises(ValueError, match="checkpoint_every must be a"):
+        train("Adam", tmp_path, checkpoint=tmp_path / "run", checkpoint_every=every)
+    assert not (tmp_path / "run").exists()
+
+
+# --- trouble with the disk -------------------------------------------------------------------
+
+
+def test_a_full_disk_leaves_the_older_file(device, tmp_path, monkeypatch):
+    path = tmp_path / "run.safetensors"
+    train("Adam", tmp_path, device, n_epochs=3, checkpoint=path)
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        model = mlp(device)
+        with pytest.raises(OSError, match="No space left on device") as caught:
+            train("Adam", tmp_path, device, n_epochs=6, checkpoint=path, model=model)
+    assert caught.value.errno == errno.ENOSPC
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".run")] == []
+    fourth, _ = train("Adam", tmp_path, device, n_epochs=4)
+    np.testing.assert_array_equal(
+        gpuml.to_host(model.parameters.flat), gpuml.to_host(fourth.parameters.flat)
+    )
+    # with space again it goes on from the older file
+    run = train("Adam", tmp_path, device, n_epochs=6, checkpoint=path)
+    assert outcome(*run) == outcome(*train("Adam", tmp_path, device, n_epochs=6))
+
+
+def test_a_folder_that_is_missing_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        train("Adam", tmp_path, n_epochs=2, checkpoint=tmp_path / "nowhere" / "run.safetensors")
