@@ -100,7 +100,7 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
 
     # Classes come first: sums along whole rows of samples take the CPU half the time of many
     # short sums along the few classes.
-    rows = xp.ascontiguousarray(logits.reshape(-1, classes).T)
+    rows = xp.array(logits.reshape(-1, classes).T, order="C")  # a copy, of one row as well
     n_samples = rows.shape[1]
     chosen = labels.reshape(-1).astype(xp.int64, copy=False) * n_samples + xp.arange(
         n_samples

@@ -85,7 +85,7 @@ def save_arrays(
     from safetensors.numpy import save_file
 
     # safetensors writes the memory of an array as it lies: a transposed view would be garbage.
-    contiguous = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    contiguous = {name: np.asarray(array, order="C") for name, array in arrays.items()}
     with replacing(path) as temporary:
         try:
             save_file(contiguous, temporary, dict(metadata))

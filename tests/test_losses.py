@@ -105,3 +105,18 @@ def test_labels_may_be_integers_of_any_type(device, rng, dtype):
     )
     np.testing.assert_allclose(gpuml.to_host(value), expected, rtol=1e-12)
     np.testing.assert_allclose(gpuml.to_host(gradient), d_expected, atol=1e-16)
+
+
+@pytest.mark.parametrize("shape", [(1, 3), (3, 1), (1, 1), (2, 3)])
+def test_the_logits_stay_as_they_are(device, shape):
+    logits = device.asarray(np.arange(np.prod(shape), dtype=float).reshape(shape) + 5)
+    before = gpuml.to_host(logits).copy()
+    softmax_cross_entropy(logits, device.asarray(np.zeros(shape[0], int)))
+    np.testing.assert_array_equal(gpuml.to_host(logits), before)
+
+
+def test_one_correct_row_has_accuracy_one(device):
+    model = gpuml.Linear(2, 3, device=device)
+    model.parameters["bias"] = device.asarray(np.array([[0.0, 9.0, 0.0]], np.float32))
+    X, y = device.asarray(np.ones((1, 2), np.float32)), device.asarray(np.array([1]))
+    assert gpuml.evaluate(model, X, y)["accuracy"] == 1.0
