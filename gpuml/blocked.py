@@ -206,7 +206,8 @@ def blocked_matmul(
     b : numpy.ndarray of shape (K, N)
     memory_limit : int or str, optional
         Bytes on the device, or on the CPU of this process: ``"4 GiB"``. A safe share of what is
-        free unless given. On a GPU up to 1 GiB of host memory comes on top.
+        free unless given. On a GPU up to 1 GiB of host memory comes on top, and everywhere
+        operands and results that are in no file.
     out : numpy.ndarray of shape (M, N), optional
         Where to write the result; also a memory map.
     precision : {"float32", "tf32", "bfloat16"}, optional

@@ -121,7 +121,8 @@ def fingerprint(array: Any, n_threads: int | None = None) -> str:
     """Return a short text that changes, in all likelihood, if any element of an array does.
 
     Reads the array once. Sums of its 64-bit words, block by block, are hashed: that finds
-    damage and mix-ups, not forgery.
+    damage and mix-ups, not forgery. Equal arrays that lie in memory in different ways, such as
+    row by row and column by column, may get different texts.
 
     Parameters
     ----------

@@ -336,6 +336,21 @@ def test_one_step_takes_what_its_parts_take_one_after_the_other():
     )
 
 
+@pytest.mark.parametrize(
+    ("arithmetic", "seconds"),
+    [
+        (1e7, 0.08 + 0.8 + 0.04),  # the first panels arrive, all is multiplied, the tile leaves
+        (1e8, 0.32 + 0.02 + 0.04),  # all panels arrive, the last are multiplied, the tile leaves
+    ],
+)
+def test_what_nothing_hides_comes_before_and_after_the_longest(arithmetic, seconds):
+    plan = BlockPlan(100, 100, 400, 100, 100, 100, "C", 3, 4, 4, 10**9)
+    assert (plan.counts, plan.strips) == ((1, 1, 4), 1)
+    times = plan.predict(Rates(1e6, 1e9, 1e9, 1e6, arithmetic))
+    fixed = 4 * blocking.STEP_SECONDS + blocking.START_SECONDS
+    assert times["total"] - fixed == pytest.approx(seconds, rel=0.01)
+
+
 def test_on_a_cpu_nothing_is_copied():
     times = plan_blocks(3000, 2000, 4000, 8, 2**24, buffers=1, rates=CPU).predict(CPU)
     assert [times[kind] for kind in (FILL, IN, OUT, EMPTY)] == [0] * 4
