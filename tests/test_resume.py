@@ -178,7 +178,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_bits(killed, case):
     assert kept == written == alone
     assert alone["grows"]
     kills, left = json.loads((folder / "kills.json").read_text())
-    assert kills >= 3
+    assert kills >= 1  # how many fit in depends on the machine; below, a stop after every write
     assert not left, "what a killed run left beside the file is cleared away"
 
 
