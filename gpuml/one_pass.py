@@ -180,14 +180,21 @@ def _on_gpu(
     partial = cupy.empty((blocks, size), X.dtype)
     loss = cupy.empty((), X.dtype)
     bias = parameters.get("bias")
-    kernel = load_kernel("linear_gradient", options=options)
+    kernel, add = _kernels(options)
     kernel(
         (blocks,), (THREADS,), (X, Y, parameters["weight"], _pointer(bias), partial, np.int64(n))
     )
-    add = load_kernel("linear_gradient", "linear_gradient_sum", options=options)
     into = gradients["weight"], _pointer(gradients.get("bias")), loss
     add((-(-size // 32),), (32, 8), (partial, np.int32(blocks), np.float64(scale), *into))
     return loss
+
+
+@cache
+def _kernels(options: tuple[str, ...]) -> tuple[Any, Any]:
+    # To read the source and ask for the GPU at each launch would take longer than the launch.
+    names = "linear_gradient", "linear_gradient_sum"
+    first, second = (load_kernel("linear_gradient", name, options=options) for name in names)
+    return first, second
 
 
 def _pointer(array: Array | None) -> Any:
