@@ -15,6 +15,9 @@ from gpuml.errors import DataError
 
 # When a byte of a mapped file is read, Linux maps the 64 KiB about it, if it has them in memory.
 WINDOW_BYTES = 64 * 2**10
+OVERLAP_WORK: Any = (
+    10_000  # how hard to look for an element that two arrays share: below a millisecond
+)
 CHUNK_BYTES = 4 * 2**20  # of a file are in memory while it is copied
 
 
@@ -64,6 +67,8 @@ def mapped_file(array: Any) -> MappedFile | None:
     -------
     MappedFile or None
     """
+    if array.base is None:
+        return None
     owner, base = None, array
     while base is not None and not isinstance(base, mmap.mmap):
         if isinstance(base, np.memmap) and base.filename is not None:
@@ -102,7 +107,8 @@ def drop_pages(array: Any) -> None:
 def chunks(array: Any) -> Iterator[slice]:
     """Yield parts of the first axis of a matrix that bring some 4 MiB of its file into memory."""
     row_bytes = array.shape[1] * array.itemsize
-    touched = min(abs(array.strides[0]), row_bytes + WINDOW_BYTES)
+    # Rows may repeat, or overlap: a copy has room for each.
+    touched = max(row_bytes, min(abs(array.strides[0]), row_bytes + WINDOW_BYTES))
     rows = max(1, CHUNK_BYTES // max(1, touched))
     return (slice(i, i + rows) for i in range(0, len(array), rows))
 
@@ -147,11 +153,11 @@ def write_back(array: Any) -> None:
 
 
 def overlap(a: Any, b: Any) -> bool:
-    """Return whether two host arrays may share memory, or bytes of one file."""
-    if np.may_share_memory(a, b):
+    """Return whether two host arrays may share elements, or bytes of a file mapped twice."""
+    if np.may_share_memory(a, b, max_work=OVERLAP_WORK):
         return True
     x, y = mapped_file(a), mapped_file(b)
-    if x is None or y is None or not _same_file(x, y):
+    if x is None or y is None or x.map is y.map or not _same_file(x, y):
         return False
     return x.begin + x.first < y.begin + y.last and y.begin + y.first < x.begin + x.last
 

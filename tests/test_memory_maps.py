@@ -255,6 +255,14 @@ def test_chunks_are_all_of_the_array_in_order(shape):
     assert rows == list(range(len(x)))
 
 
+@pytest.mark.parametrize("step", [0, 8])
+def test_rows_that_repeat_or_overlap_are_counted_as_they_are_copied(step):
+    x = np.lib.stride_tricks.as_strided(np.zeros(10**6), (10**6, 1000), (step, 8))
+    assert (
+        max(part.stop - part.start for part in chunks(x)) * x[0].nbytes <= memory_maps.CHUNK_BYTES
+    )
+
+
 @LINUX
 @pytest.mark.parametrize(
     ("order", "columns"),
@@ -313,6 +321,15 @@ def test_maps_of_different_files_do_not_overlap(tmp_path):
     x, y = (numbered(tmp_path / name, (4, 5)) for name in "xy")
     assert not overlap(x, y)
     assert overlap(x, np.memmap(tmp_path / "x", "<i4", "r", shape=(20,)))
+
+
+def test_columns_of_one_map_overlap_only_where_their_elements_do(tmp_path):
+    x = numbered(tmp_path / "x", (40, 50))
+    assert not overlap(x[:, :25], x[:, 25:])
+    assert not overlap(x[:, ::2], x[:, 1::2])
+    assert overlap(x[:, :26], x[:, 25:])
+    again = np.memmap(tmp_path / "x", "<i4", "r", shape=(40, 50))
+    assert overlap(x[:, :26], again[:, 25:])
 
 
 def test_a_file_that_was_deleted_or_moved_is_no_error(tmp_path):
