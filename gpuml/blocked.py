@@ -41,6 +41,7 @@ from gpuml.matmul import (
     check_out,
     checked_precision,
     multiply_into,
+    overlap_text,
     product_dtype,
     product_shape,
 )
@@ -829,7 +830,7 @@ def _checked(a: Array, b: Array, out: Array | None, resume: bool) -> Array:
     check_length(out, "out")
     for name, array in (("a", a), ("b", b)):
         if array.size and out.size and overlap(out, array):
-            raise ValueError(f"out overlaps {name}: it would be overwritten while it is read")
+            raise ValueError(overlap_text(name))
     part = mapped_file(out)
     if resume and out.size and (part is None or not part.shared):
         raise ValueError("to resume, out must be a memory map of a file, in mode 'r+'")
