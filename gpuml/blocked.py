@@ -53,7 +53,7 @@ from gpuml.memory_maps import (
     overlap,
     read_ahead,
 )
-from gpuml.staging import Stager, Trace, Transfer
+from gpuml.staging import Stager, Trace, Transfer, copy_threads
 from gpuml.timing import benchmark, duration
 
 # The share of the free memory that is used unless a limit is given.
@@ -561,7 +561,7 @@ def _multiply_on_gpu(
     work: _Work, plan: BlockPlan, steps: list[Step], trace: Trace, n_threads: dict[str, int]
 ) -> None:
     """Compute tiles on a GPU: panels come, tiles go back, and the device multiplies meanwhile."""
-    n_in = n_out = max(1, cpu_count() * 3 // 4)
+    n_in = n_out = copy_threads()
     n_threads |= {FILL: n_in, EMPTY: n_out}
     with (
         _arena(work.device, plan.memory) as memory,

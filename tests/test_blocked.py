@@ -1244,6 +1244,32 @@ class FakeGPU(Device):
         return "a fake GPU"
 
 
+def test_times_are_taken_on_the_device_that_multiplies(monkeypatch):
+    """Another GPU may be the current one: between events of two of them there is no time."""
+    current = []
+
+    class SecondGPU(FakeGPU):
+        @contextmanager
+        def use(self):
+            current.append(self.index)
+            yield
+            current.pop()
+
+    recorded = []
+    monkeypatch.setattr(blocked.Trace, "event", lambda *_: recorded.append(list(current)))
+    blocked.Trace(SecondGPU("gpu", 1))
+    assert recorded == [[1]]
+
+
+@pytest.mark.parametrize(("processors", "threads"), [(1, 1), (2, 1), (16, 12), (22, 16), (128, 16)])
+def test_pinned_buffers_take_half_a_gib_on_the_largest_host(monkeypatch, processors, threads):
+    from gpuml import staging
+
+    monkeypatch.setattr(staging, "cpu_count", lambda: processors)
+    assert staging.copy_threads() == threads
+    assert 2 * threads * staging.BUFFERS_EACH * staging.BUFFER_BYTES <= 2**29
+
+
 class OutOfMemoryError(MemoryError):
     """As CuPy calls it."""
 
