@@ -273,12 +273,11 @@ def blocked_matmul(
     with _ProgressBar(progress, report.plan) as bar:
         work = _Work(a, b, out, precision, where, journal, bar)
         _multiply(work, report, limit)
+    if return_report:
+        report.rates = _rates_for(report, where, out.dtype, precision, limit)
     if journal:
-        journal.remove()
-    if not return_report:
-        return out
-    report.rates = _rates_for(report, where, out.dtype, precision, limit)
-    return out, report
+        journal.remove()  # as the last: until then nothing need be computed again
+    return (out, report) if return_report else out
 
 
 def _rates_for(

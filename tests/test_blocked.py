@@ -911,6 +911,18 @@ def test_finished_before_the_record_was_removed_nothing_is_computed(job, monkeyp
     job.assert_finished()
 
 
+def test_interrupted_while_rates_are_measured_nothing_is_computed_again(job, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blocked, "measure_rates", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            job.run()
+    assert job.run(resume=True).n_steps == 0
+    job.assert_finished()
+
+
 def test_interrupted_again_and_again_it_comes_to_an_end(job, monkeypatch):
     before = 0
     for _ in range(4):
