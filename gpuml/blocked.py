@@ -273,6 +273,11 @@ def blocked_matmul(
     with _ProgressBar(progress, report.plan) as bar:
         work = _Work(a, b, out, precision, where, journal, bar)
         _multiply(work, report, limit)
+    if journal and journal.finished:
+        report.notes.append(
+            f"taken up again: {len(journal.finished)} tiles were finished before, {report.n_tiles} "
+            "now; what is predicted is the whole product"
+        )
     if return_report:
         report.rates = _rates_for(report, where, out.dtype, precision, limit)
     if journal:
@@ -946,8 +951,8 @@ def _checked(a: Array, b: Array, out: Array | None, resume: bool) -> Array:
         if array.size and out.size and overlap(out, array):
             raise ValueError(overlap_text(name))
     part = mapped_file(out)
-    if resume and out.size and (part is None or not part.shared):
-        raise ValueError("to resume, out must be a memory map of a file, in mode 'r+'")
+    if resume and out.size and (part is None or part.path is None or not part.shared):
+        raise ValueError("to resume, out must be a memory map of a file with a name, in mode 'r+'")
     return out
 
 
@@ -956,7 +961,7 @@ def _open_journal(
 ) -> Journal | None:
     """Return the record of finished tiles, if the result is kept in a file."""
     part = mapped_file(out)
-    if part is None or not part.shared:
+    if part is None or part.path is None or not part.shared:
         return None
     facts = {
         "a": fingerprint(a),
@@ -964,8 +969,7 @@ def _open_journal(
         "out": f"{out.shape[0]}x{out.shape[1]} {out.dtype.str} at {part.begin + part.first}",
         "precision": precision,
     }
-    path = Path(str(part.owner.filename) + ".progress")
-    return Journal(path, out, facts, resume=resume)
+    return Journal(Path(part.path + ".progress"), out, facts, resume=resume)
 
 
 def _sum_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:

@@ -49,6 +49,11 @@ class MappedFile:
         """Whether the file holds what the array shows; not so if changes stay in memory."""
         return bool(self.owner.mode != "c")
 
+    @property
+    def path(self) -> str | None:
+        """Where the file is; None if it has no name, as some temporary files."""
+        return None if self.owner.filename is None else str(self.owner.filename)
+
     def whole_pages(self) -> tuple[int, int]:
         """Return offset and length, in the map, of the pages that hold the array."""
         first = self.first - self.first % mmap.PAGESIZE
@@ -71,7 +76,7 @@ def mapped_file(array: Any) -> MappedFile | None:
         return None
     owner, base = None, array
     while base is not None and not isinstance(base, mmap.mmap):
-        if isinstance(base, np.memmap) and base.filename is not None:
+        if isinstance(base, np.memmap):
             owner = base
         base = getattr(base, "base", None)
     if owner is None or base is None or array.size == 0:
@@ -92,8 +97,8 @@ def check_length(array: Any, name: str) -> None:
     part = mapped_file(array)
     if part is not None and part.map.size() < part.begin + part.last:
         raise DataError(
-            f"the file of {name}, {part.owner.filename}, has {part.map.size()} bytes, but the "
-            f"array needs {part.begin + part.last}: it was cut off"
+            f"the file of {name}, {part.path or 'without a name'}, has {part.map.size()} bytes, "
+            f"but the array needs {part.begin + part.last}: it was cut off"
         )
 
 
@@ -163,8 +168,9 @@ def overlap(a: Any, b: Any) -> bool:
 
 
 def _same_file(x: MappedFile, y: MappedFile) -> bool:
-    names = str(x.owner.filename), str(y.owner.filename)
+    if x.path is None or y.path is None:
+        return False
     try:
-        return os.path.samefile(*names)
+        return os.path.samefile(x.path, y.path)
     except OSError:  # one was deleted, or moved, after it was mapped
-        return names[0] == names[1]
+        return x.path == y.path

@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import weakref
@@ -893,6 +894,8 @@ def test_interrupted_only_the_rest_is_computed(job, monkeypatch, stop_after):
         multiply = Multiply(patch)
         report = job.run(resume=True)
     assert report.n_steps == plan.n_steps - len(tiles) * plan.counts[2]
+    note = f"taken up again: {len(tiles)} tiles were finished before, {report.n_tiles} now"
+    assert (note in str(report)) is bool(tiles)
     assert multiply.n_operations == 2 * job.k * (job.out.size - area(tiles))
     job.assert_finished()
 
@@ -947,6 +950,22 @@ def test_resume_without_a_record_computes_all(job):
     report = job.run(resume=True)
     assert report.n_steps == report.plan.n_steps
     job.assert_finished()
+
+
+def test_files_without_a_name_are_files(device, rng):
+    """Their pages are given back like others; only a record has no place to be."""
+    x, y = rng.normal(size=(150, 140)), rng.normal(size=(140, 130))
+    arrays = []
+    for values in (x, y, np.full((150, 130), 7.0)):
+        with tempfile.TemporaryFile() as file:
+            arrays.append(np.memmap(file, float, "w+", 0, values.shape))
+        arrays[-1][...] = values
+    a, b, out = arrays
+    assert out.filename is None
+    many_tiles(a, b, device, out=out)
+    assert_right(out, x, y)
+    with pytest.raises(ValueError, match="of a file with a name"):
+        blocked_matmul(a, b, out=out, resume=True, device=device)
 
 
 def test_a_result_that_stays_in_memory_cannot_be_resumed(job):

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,17 @@ def test_a_file_shows_the_array_unless_changes_stay_in_memory(tmp_path, mode, sh
     x = np.memmap(tmp_path / "x", "<i4", mode, shape=(4, 5))
     assert mapped_file(x).shared is shared
     assert mapped_file(np.asarray(x)[1:]).shared is shared
+
+
+def test_a_file_without_a_name_is_known():
+    with tempfile.TemporaryFile() as file:
+        x = np.memmap(file, "<i4", "w+", shape=(300, 500))
+        assert x.filename is None
+        assert (mapped_file(x[2:]).first, mapped_file(x).path) == (4000, None)
+        assert overlap(x, x[5:])
+        os.ftruncate(file.fileno(), 5000)
+        with pytest.raises(gpuml.DataError, match="the file of a, without a name, has 5000 bytes"):
+            check_length(x, "a")
 
 
 def test_arrays_that_numpy_opens_are_known(tmp_path):
