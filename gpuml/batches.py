@@ -13,7 +13,7 @@ import numpy as np
 
 from gpuml.devices import Array, Device, cpu_count, device_of
 from gpuml.memory_maps import drop_pages, mapped_file, read_ahead
-from gpuml.staging import Stager, Trace
+from gpuml.staging import Stager, Trace, copy_threads
 
 # Rows are gathered for several batches at once: one launch on a GPU instead of many, and a
 # bounded amount of memory however large the data are.
@@ -286,7 +286,7 @@ class StreamedBatches:
             for _ in range(CHUNKS)
         )
         coming: deque[tuple[_Place, Chunk, list[Any], int]] = deque()
-        with Stager(self._device, max(1, cpu_count() * 3 // 4), Trace.none()) as stager:
+        with Stager(self._device, copy_threads(), Trace.none()) as stager:
             more = True
             while more or coming:
                 while more and places:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import sys
 import time
@@ -41,6 +42,7 @@ from gpuml.matmul import (
     check_out,
     checked_precision,
     multiply_into,
+    overlap_text,
     product_dtype,
     product_shape,
 )
@@ -52,7 +54,7 @@ from gpuml.memory_maps import (
     overlap,
     read_ahead,
 )
-from gpuml.staging import Stager, Trace, Transfer
+from gpuml.staging import Stager, Trace, Transfer, copy_threads
 from gpuml.timing import benchmark, duration
 
 # The share of the free memory that is used unless a limit is given.
@@ -65,6 +67,8 @@ RESERVED_SHARE = {"gpu": 1 / 8, "cpu": 1 / 2}
 # Panels of each operand at once. On a GPU one is multiplied, and two are on their way: so copies
 # go on while a finished tile makes room.
 BUFFERS = {"gpu": 3, "cpu": 1}
+
+COPIED_BYTES = 4  # times rows and columns of the matrices with which rates are measured
 
 Progress: TypeAlias = bool | Callable[[int, int], None] | None
 
@@ -216,7 +220,8 @@ def blocked_matmul(
         Where to compute; what :func:`gpuml.get_device` returns unless given.
     progress : bool or callable, optional
         Whether to show a progress bar on standard error; if that is a terminal unless given. A
-        function ``(n_done, n_tiles) -> None`` is called after each finished tile.
+        function ``(n_done, n_tiles) -> None`` is called after each finished tile, with the
+        number of those that this call has finished, and of all that it will.
     resume : bool
         Whether to go on with what an interrupted call left in a memory-mapped `out`. The
         finished tiles are noted in a file beside it, ``NAME.progress``, which is deleted at
@@ -266,14 +271,35 @@ def blocked_matmul(
     )
     journal = _open_journal(a, b, out, precision, resume)
     with _ProgressBar(progress, report.plan) as bar:
-        work = _Work(a, b, out, precision, where, journal, bar, report.plan.n_tiles)
+        work = _Work(a, b, out, precision, where, journal, bar)
         _multiply(work, report, limit)
+    if journal and journal.finished:
+        report.notes.append(
+            f"taken up again: {len(journal.finished)} tiles were finished before, {report.n_tiles} "
+            "now; what is predicted is the whole product"
+        )
+    if return_report:
+        report.rates = _rates_for(report, where, out.dtype, precision, limit)
     if journal:
-        journal.remove()
-    if not return_report:
-        return out
-    report.rates = measure_rates(where, out.dtype, precision)
-    return out, report
+        journal.remove()  # as the last: until then nothing need be computed again
+    return (out, report) if return_report else out
+
+
+def _rates_for(
+    report: BlockReport,
+    where: Device,
+    dtype: np.dtype[Any],
+    precision: Precision | None,
+    limit: int | None,
+) -> Rates | None:
+    """Measure what limits a product that is done, unless there is no memory for that."""
+    try:
+        return measure_rates(where, dtype, precision, limit)
+    except Exception as error:
+        if where.kind == "cpu" or not _is_out_of_memory(error):
+            raise
+    report.notes.append("nothing predicted: there was no memory left to measure the rates")
+    return None
 
 
 def plan_for(
@@ -299,33 +325,73 @@ def plan_for(
 
     Raises
     ------
+    TypeError
+        If an operand is not an array, or holds no numbers.
+    ValueError
+        If the operands are no matrices of at least one element, or do not fit.
     DataError
         If the limit is below the smallest tile.
+    DeviceMemoryError
+        If no limit is given, and what is free is below the smallest tile.
     """
     where = get_device(device)
-    if memory_limit is None:
-        free, total = where.memory()
-        limit = int(SAFE_SHARE[where.kind] * (free or (total or 2**32) // 2))
-    else:
-        limit = parse_size(memory_limit)
-    reserve = min(RESERVE[where.kind], int(limit * RESERVED_SHARE[where.kind]))
+    m, n, k = _sizes(a, b)
+    limit = _safe_limit(where) if memory_limit is None else parse_size(memory_limit)
+    reserve = _reserve(where, limit)
     dtype = product_dtype(a, b)
     itemsize, sum_itemsize = dtype.itemsize, _sum_dtype(dtype).itemsize
-    (m, n), k = product_shape(a.shape, b.shape), a.shape[1]
     buffers = BUFFERS[where.kind]
     # Converted operands and a product before it is added need as much again, beside the buffers.
     copies = 2 if where.kind == "cpu" or dtype.kind in "biu" else 1
     budget = (limit - reserve) // copies
     least = smallest_memory(m, n, k, itemsize, sum_itemsize=sum_itemsize, buffers=buffers)
     if budget < least:
+        needs = (
+            f"the smallest tile needs {size_text(copies * least)}, and {size_text(reserve)} are "
+            "kept for the libraries"
+        )
+        if memory_limit is None:
+            raise DeviceMemoryError(f"the device has {size_text(limit)} to spare: {needs}")
         raise DataError(
-            f"a memory limit of {size_text(limit)} is too small: the smallest tile needs "
-            f"{size_text(copies * least)}, and {size_text(reserve)} are kept for the libraries"
+            f"a memory limit of {size_text(limit)} is too small: {needs}; "
+            f"memory_limit={_least_limit(where, copies * least)} would do"
         )
     speed = replace(NOMINAL, arithmetic=NOMINAL.arithmetic * _speed(dtype, precision))
     return plan_blocks(
         m, n, k, itemsize, budget, sum_itemsize=sum_itemsize, buffers=buffers, rates=speed
     )
+
+
+def _sizes(a: Array, b: Array) -> tuple[int, int, int]:
+    """Return M, N and K of a product of matrices, or say what is wrong with them."""
+    device_of(a, b)
+    m, n = product_shape(a.shape, b.shape)[-2:]
+    for name, array in (("a", a), ("b", b)):
+        if array.ndim != 2:
+            raise ValueError(
+                f"{name} has shape {array.shape}, and blocked_matmul takes matrices; for stacks "
+                "call it for each, or gpuml.batched_matmul"
+            )
+    return m, n, a.shape[1]
+
+
+def _safe_limit(where: Device) -> int:
+    """Return how much memory may be used where the user does not say."""
+    free, total = where.memory()
+    if free is None:
+        free = (total or 2**32) // 2
+    return int(SAFE_SHARE[where.kind] * free)
+
+
+def _reserve(where: Device, limit: int) -> int:
+    """Return the bytes of a limit that are kept for libraries."""
+    return min(RESERVE[where.kind], int(limit * RESERVED_SHARE[where.kind]))
+
+
+def _least_limit(where: Device, n_bytes: int) -> int:
+    """Return the least limit of which so many bytes are left beside what is kept."""
+    share = math.ceil(n_bytes / (1 - RESERVED_SHARE[where.kind]))
+    return min(n_bytes + RESERVE[where.kind], share)
 
 
 def _speed(dtype: np.dtype[Any], precision: Precision | None) -> float:
@@ -336,12 +402,15 @@ def _speed(dtype: np.dtype[Any], precision: Precision | None) -> float:
 
 
 def measure_rates(
-    device: Device | str | None = None, dtype: Any = np.float32, precision: Precision | None = None
+    device: Device | str | None = None,
+    dtype: Any = np.float32,
+    precision: Precision | None = None,
+    memory_limit: int | str | None = None,
 ) -> Rates:
     """Measure what limits blocked products: host memory, bus and arithmetic.
 
     Measured once for each device, type and precision: it takes about a second, and on a GPU
-    three quarters of a GiB.
+    half a GiB for float32.
 
     Parameters
     ----------
@@ -351,37 +420,68 @@ def measure_rates(
         Of the products.
     precision : {"float32", "tf32", "bfloat16"}, optional
         Of the products.
+    memory_limit : int or str, optional
+        Bytes that may be used on a GPU. Smaller matrices than usual are slower.
 
     Returns
     -------
     Rates
         On the CPU nothing is copied: the rates of copies are infinite.
     """
-    return _measured(get_device(device), np.dtype(dtype).name, precision)
+    where, size = get_device(device), 1024
+    if where.kind == "gpu":
+        size = _size_to_measure(where, np.dtype(dtype), memory_limit)
+    return _measured(where, np.dtype(dtype).name, precision, size)
+
+
+def _size_to_measure(where: Device, dtype: np.dtype[Any], limit: int | str | None) -> int:
+    """Return the rows of the matrices to measure with: as many as a limit of memory allows."""
+    size, room = 8192, math.inf
+    if limit is not None:
+        room = parse_size(limit) - _reserve(where, parse_size(limit))
+    each = (dtype.itemsize + _sum_dtype(dtype).itemsize) / _slowness(dtype) ** 2
+    while size > 256 and max(each, COPIED_BYTES) * size**2 > room:
+        size //= 2
+    return size
+
+
+def _slowness(dtype: np.dtype[Any]) -> int:
+    """Return how many times shorter matrices are measured, where products take long."""
+    return 1 if dtype.kind in "fV" else 4
 
 
 @cache
-def _measured(device: Device, dtype: str, precision: Precision | None) -> Rates:
-    size = 1024 if device.kind == "cpu" else 8192
-    size //= 1 if np.dtype(dtype).kind in "fV" else 4
-    numbers = np.random.default_rng(0).random((size, size), np.float32).astype(dtype)
+def _measured(device: Device, dtype: str, precision: Precision | None, size: int) -> Rates:
+    copies = [np.inf] * 4
     with device.use():
-        x = device.asarray(numbers)
-        out = device.xp.empty((size, size), _sum_dtype(x.dtype))
-
-        def product() -> None:
-            multiply_into(x, x, out, precision=precision)
-
-        arithmetic = 2 * size**3 / benchmark(product, device=device, time_budget=0.3).seconds
-        copies = [np.inf] * 4 if device.kind == "cpu" else _copy_rates(device)
+        try:
+            arithmetic = _arithmetic_rate(device, np.dtype(dtype), precision, size)
+            if device.kind == "gpu":
+                copies = _copy_rates(device, COPIED_BYTES * size**2)
+        finally:
+            if device.kind == "gpu":  # what is measured once needs no memory afterwards
+                device.xp.get_default_memory_pool().free_all_blocks()
     return Rates(copies[0], copies[1], copies[2], copies[3], arithmetic)
 
 
-def _copy_rates(device: Device) -> list[float]:
+def _arithmetic_rate(
+    device: Device, dtype: np.dtype[Any], precision: Precision | None, size: int
+) -> float:
+    """Return the operations per second of a product in the device's memory."""
+    size //= _slowness(dtype)
+    numbers = np.random.default_rng(0).random((size, size), np.float32).astype(dtype)
+    x, out = device.asarray(numbers), device.xp.empty((size, size), _sum_dtype(dtype))
+
+    def product() -> None:
+        multiply_into(x, x, out, precision=precision)
+
+    return 2 * size**3 / benchmark(product, device=device, time_budget=0.3).seconds
+
+
+def _copy_rates(device: Device, n_bytes: int) -> list[float]:
     """Return the rates of all host threads into and out of pinned memory, and of the bus."""
     import cupyx
 
-    n_bytes = 2**28
     host, there = np.ones(n_bytes, np.uint8), device.xp.empty(n_bytes, np.uint8)
     pinned = cupyx.zeros_pinned(n_bytes, np.uint8)
     edges = range(0, n_bytes + 1, n_bytes // (4 * cpu_count()))
@@ -410,7 +510,6 @@ class _Work:
     device: Device
     journal: Journal | None
     bar: _ProgressBar
-    n_tiles: int
     finished: list[Tile] = field(default_factory=list)
 
     def finish(self, tile: Tile) -> None:
@@ -420,7 +519,7 @@ class _Work:
             self.journal.add(tile)
         else:
             drop_pages(self.out[tile[0] : tile[1], tile[2] : tile[3]])
-        self.bar.tell(len(self.finished), self.n_tiles)
+        self.bar.tell(len(self.finished))
 
     def steps(self, plan: BlockPlan) -> list[Step]:
         """Return what is left to do."""
@@ -465,6 +564,7 @@ def _multiply(work: _Work, report: BlockReport, limit: int | None) -> None:
             with work.device.use():
                 steps = work.steps(plan)
                 report.n_steps += len(steps)
+                work.bar.begin(steps, len(work.finished))
                 if work.device.kind == "gpu":
                     _multiply_on_gpu(work, plan, steps, trace, report.n_threads)
                 else:
@@ -473,21 +573,36 @@ def _multiply(work: _Work, report: BlockReport, limit: int | None) -> None:
         except Exception as error:
             if work.device.kind == "cpu" or not _is_out_of_memory(error):
                 raise
+            why = _told(error)  # not the error itself, which would keep the buffers
         report.n_steps -= len(work.steps(plan))  # they were not done
-        report.plan = _smaller(work, plan, report.notes)
+        report.plan = _smaller(work, plan, why, report.notes)
     report.seconds = time.perf_counter() - begin
     report.n_tiles = len(work.finished)
     report.spans = trace.spans()
 
 
+# What CuPy, the CUDA runtime, the driver and cuBLAS say; the last one when it cannot even begin.
+OUT_OF_MEMORY = (
+    "OutOfMemory",
+    "MemoryAllocation",
+    "CUDA_ERROR_OUT_OF_MEMORY",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+)
+
+
 def _is_out_of_memory(error: Exception) -> bool:
     """Return whether CUDA or one of its libraries found no memory."""
-    text = f"{type(error).__name__} {error}"
-    return any(word in text for word in ("OutOfMemory", "MemoryAllocation", "ALLOC_FAILED"))
+    return any(word in _told(error) for word in OUT_OF_MEMORY)
 
 
-def _smaller(work: _Work, plan: BlockPlan, notes: list[str]) -> BlockPlan:
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__} {error}"
+
+
+def _smaller(work: _Work, plan: BlockPlan, why: str, notes: list[str]) -> BlockPlan:
     """Return a plan for half the memory, or for what is free if that is less, and say so."""
+    gc.collect()  # an error of a thread that copies and its transfer keep each other, and buffers
     work.device.xp.get_default_memory_pool().free_all_blocks()
     free, _ = work.device.memory()
     budget = min(plan.memory // 2, int(SAFE_SHARE["gpu"] * (free or 0)))
@@ -502,7 +617,7 @@ def _smaller(work: _Work, plan: BlockPlan, notes: list[str]) -> BlockPlan:
     except DataError as error:
         raise DeviceMemoryError(
             f"the device has {size_text(free or 0)} free, and tiles of "
-            f"{size_text(plan.memory)} did not fit: {error}"
+            f"{size_text(plan.memory)} did not fit ({why}): {str(error).partition(';')[0]}"
         ) from None
     note = (
         f"the device's memory was taken by others: tiles of {size_text(plan.memory)} did not fit, "
@@ -560,7 +675,7 @@ def _multiply_on_gpu(
     work: _Work, plan: BlockPlan, steps: list[Step], trace: Trace, n_threads: dict[str, int]
 ) -> None:
     """Compute tiles on a GPU: panels come, tiles go back, and the device multiplies meanwhile."""
-    n_in = n_out = max(1, cpu_count() * 3 // 4)
+    n_in = n_out = copy_threads()
     n_threads |= {FILL: n_in, EMPTY: n_out}
     with (
         _arena(work.device, plan.memory) as memory,
@@ -780,6 +895,7 @@ class _ProgressBar:
     def __init__(self, wanted: Progress, plan: BlockPlan) -> None:
         self._tell = wanted if callable(wanted) else None
         self._bar: Any = None
+        self._n_operations, self._n_tiles = plan.n_operations, plan.n_tiles
         if wanted is True or (wanted is None and sys.stderr.isatty()):
             from tqdm import tqdm
 
@@ -794,15 +910,23 @@ class _ProgressBar:
         if self._bar is not None:
             self._bar.close()
 
+    def begin(self, steps: list[Step], n_done: int) -> None:
+        """Take note of what is left to do, when so many tiles are done."""
+        self._n_tiles = n_done + sum(step.last for step in steps)
+        if self._bar is not None:
+            left = sum(2 * math.prod(step.sizes) for step in steps)
+            self._bar.initial = self._bar.n = self._n_operations - left
+            self._bar.refresh()
+
     def update(self, step: Step) -> None:
         """Add one step."""
         if self._bar is not None:
             self._bar.update(2 * math.prod(step.sizes))
 
-    def tell(self, n_done: int, n_tiles: int) -> None:
+    def tell(self, n_done: int) -> None:
         """Tell the user's function of a finished tile."""
         if self._tell is not None:
-            self._tell(n_done, n_tiles)
+            self._tell(n_done, self._n_tiles)
 
 
 def _checked(a: Array, b: Array, out: Array | None, resume: bool) -> Array:
@@ -813,13 +937,9 @@ def _checked(a: Array, b: Array, out: Array | None, resume: bool) -> Array:
             "blocked_matmul takes arrays in host memory, and these are on a GPU already: "
             "gpuml.batched_matmul(a, b) multiplies them there"
         )
-    shape, dtype = product_shape(a.shape, b.shape), product_dtype(a, b)
+    (m, n, _), dtype = _sizes(a, b), product_dtype(a, b)
+    shape = m, n
     for name, array in (("a", a), ("b", b)):
-        if array.ndim != 2:
-            raise ValueError(
-                f"{name} has shape {array.shape}, and blocked_matmul takes matrices; for stacks "
-                "call it for each, or gpuml.batched_matmul"
-            )
         check_length(array, name)
     if out is None:
         if resume:
@@ -829,10 +949,10 @@ def _checked(a: Array, b: Array, out: Array | None, resume: bool) -> Array:
     check_length(out, "out")
     for name, array in (("a", a), ("b", b)):
         if array.size and out.size and overlap(out, array):
-            raise ValueError(f"out overlaps {name}: it would be overwritten while it is read")
+            raise ValueError(overlap_text(name))
     part = mapped_file(out)
-    if resume and out.size and (part is None or not part.shared):
-        raise ValueError("to resume, out must be a memory map of a file, in mode 'r+'")
+    if resume and out.size and (part is None or part.path is None or not part.shared):
+        raise ValueError("to resume, out must be a memory map of a file with a name, in mode 'r+'")
     return out
 
 
@@ -841,7 +961,7 @@ def _open_journal(
 ) -> Journal | None:
     """Return the record of finished tiles, if the result is kept in a file."""
     part = mapped_file(out)
-    if part is None or not part.shared:
+    if part is None or part.path is None or not part.shared:
         return None
     facts = {
         "a": fingerprint(a),
@@ -849,8 +969,7 @@ def _open_journal(
         "out": f"{out.shape[0]}x{out.shape[1]} {out.dtype.str} at {part.begin + part.first}",
         "precision": precision,
     }
-    path = Path(str(part.owner.filename) + ".progress")
-    return Journal(path, out, facts, resume=resume)
+    return Journal(Path(part.path + ".progress"), out, facts, resume=resume)
 
 
 def _sum_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:

@@ -324,8 +324,7 @@ def plan_blocks(
     >>> plan.n_tiles > 1, plan.memory <= plan.budget
     (True, True)
     """
-    if min(m, n, k) < 1:
-        raise ValueError(f"m, n and k must be at least 1, got {m}, {n}, {k}")
+    _check_sizes(m, n, k)
     best: tuple[float, BlockPlan] | None = None
     fixed = itemsize, sum_itemsize or itemsize, budget
     counts = range(min(2, buffers), buffers + 1)
@@ -361,8 +360,14 @@ def smallest_memory(
     m: int, n: int, k: int, itemsize: int, *, sum_itemsize: int = 0, buffers: int = 3
 ) -> int:
     """Return the bytes that the smallest tile and its panels need; see :func:`plan_blocks`."""
+    _check_sizes(m, n, k)
     fixed = min(2, buffers), itemsize, sum_itemsize or itemsize, 0
     return min(int(plans.memory.min()) for plans in _every_plan(m, n, k, fixed))
+
+
+def _check_sizes(m: int, n: int, k: int) -> None:
+    if min(m, n, k) < 1:
+        raise ValueError(f"m, n and k must be at least 1, got {m}, {n}, {k}")
 
 
 def _every_plan(m: int, n: int, k: int, fixed: tuple[int, int, int, int]) -> Iterator[BlockPlan]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import pairwise
+from operator import index
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from gpuml.devices import Array, array_module, device_of
 from gpuml.errors import unknown_name
 from gpuml.kernels import load_kernel
+from gpuml.memory_maps import check_length, overlap
 
 Precision: TypeAlias = Literal["float32", "tf32", "bfloat16"]
 PRECISIONS = ("float32", "tf32", "bfloat16")
@@ -22,6 +24,7 @@ SMALL = 32
 FEWEST_SMALL = 256  # products; for fewer, compiling a kernel for their shape does not pay
 SMALL_THREADS = 128
 SHARED_BYTES = 48 * 1024  # what a block may have without asking
+MOST_ROWS = 2**31 - 1  # cuBLAS and most BLAS count in 32 bits
 
 
 def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
@@ -80,7 +83,9 @@ def batched_matmul(
         If the arrays live on different devices, or hold no numbers.
     ValueError
         If shapes do not fit (the message says which transposition would), if `out` cannot take
-        the result, or if `precision` is not for this type.
+        the result or overlaps an operand, or if `precision` is not for this type.
+    DataError
+        If an array is a memory map whose file was cut off.
 
     Notes
     -----
@@ -112,8 +117,12 @@ def _batched_matmul(
         out = xp.empty(shape, dtype)
     else:
         check_out(out, shape, dtype)
-        if xp.may_share_memory(out, a) or xp.may_share_memory(out, b):
-            raise ValueError("out overlaps an operand: it would be overwritten while it is read")
+        for name, operand in (("a", a), ("b", b)):
+            if overlap(*(_place(x) for x in (out, operand))):
+                raise ValueError(overlap_text(name))
+    if xp is np:
+        for name, array in (("a", a), ("b", b), ("out", out)):
+            check_length(array, name)
     if out.size == 0 or a.shape[-1] == 0:
         out[...] = 0
     elif xp is np:
@@ -138,7 +147,7 @@ def split_matmul(
     b : array of shape (K, N)
         On the same device.
     n_parts : int
-        From 1 to N. The first parts are a column wider where N does not divide.
+        From 1 to N, or 1 if N is 0. The first parts are a column wider where N does not divide.
     precision : {"float32", "tf32", "bfloat16"}, optional
         As in :func:`batched_matmul`.
 
@@ -148,6 +157,8 @@ def split_matmul(
 
     Raises
     ------
+    TypeError
+        If the number of parts is no whole number.
     ValueError
         If the number of parts is not from 1 to N, or the shapes do not fit.
 
@@ -160,8 +171,8 @@ def split_matmul(
     """
     array_module(a, b)
     product_shape(a.shape, b.shape)
-    n = b.shape[-1]
-    if not 1 <= n_parts <= n:
+    n, n_parts = b.shape[-1], index(n_parts)
+    if not 1 <= n_parts <= max(1, n):
         raise ValueError(f"n_parts must be from 1 to the {n} columns of b, got {n_parts}")
     width, wider = divmod(n, n_parts)
 
@@ -201,6 +212,8 @@ def multiply_into(
         return
     if a.dtype != out.dtype:
         a, b = a.astype(out.dtype), b.astype(out.dtype)
+    if xp is np:
+        a, b = _readable(a), _readable(b)
     if not add:
         xp.matmul(a, b, out=out)
     elif out.dtype == bool:
@@ -263,9 +276,13 @@ def product_dtype(*arrays: Array) -> np.dtype[Any]:
         If an array holds no numbers.
     """
     for array in arrays:
-        # "V" is how NumPy calls types that others made, such as bfloat16
-        if array.dtype.kind not in "biufcV" or array.dtype.names or array.dtype.type is np.void:
-            raise TypeError(f"cannot multiply arrays of {array.dtype}: give them a type of number")
+        # Of the types that others made, both libraries know how to sum only bfloat16.
+        own = array.dtype.kind in "biufc" and issubclass(array.dtype.type, np.number | np.bool_)
+        if not own and array.dtype.name != "bfloat16":
+            raise TypeError(
+                f"cannot multiply arrays of {array.dtype}: give them a type of number, "
+                "for example with a.astype(np.float32)"
+            )
     return np.result_type(*(array.dtype for array in arrays)).newbyteorder("=")
 
 
@@ -299,29 +316,65 @@ def check_out(out: Array, shape: tuple[int, ...], dtype: np.dtype[Any]) -> None:
             f"out must be {dtype} of shape {shape}, got {out.dtype} of shape {out.shape}"
         )
     if isinstance(out, np.ndarray) and not out.flags.writeable:
-        raise ValueError("out is read-only")
+        raise ValueError(
+            "out is read-only: give an array that can be written, of a file one opened with "
+            "mmap_mode='r+'"
+        )
     repeated = any(n > 1 and step == 0 for n, step in zip(out.shape, out.strides, strict=True))
     if out.size and repeated:
         raise ValueError("out repeats its elements in memory, so it cannot hold a result")
+
+
+class _Place:
+    """Says to NumPy where an array of a GPU lies."""
+
+    def __init__(self, x: Array) -> None:
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": f"|V{x.itemsize}",
+            "shape": x.shape,
+            "strides": x.strides,
+            "data": (x.data.ptr, False),
+        }
+
+
+def _place(x: Array) -> Any:
+    """Return an array with the addresses of another, to compare them; never to be read."""
+    return x if isinstance(x, np.ndarray) else np.asarray(_Place(x))
+
+
+def overlap_text(name: str) -> str:
+    """Say that the result lies where an operand does."""
+    return (
+        f"out overlaps {name}: it would be overwritten while it is read; give out memory of its "
+        "own, such as np.empty_like(out), or leave it away"
+    )
 
 
 def _as_one(a: Array, b: Array, out: Array) -> tuple[Array, Array, Array]:
     """Make one tall product of many that share b, where nothing need be copied for it."""
     if out.ndim > 2 and all(n == 1 for n in b.shape[:-2]):
         flat, flat_out = _as_matrix(a), _as_matrix(out)
-        if flat is not None and flat_out is not None:
+        if flat is not None and flat_out is not None and len(flat) <= MOST_ROWS:
             return flat, b.reshape(b.shape[-2:]), flat_out
     return a, b, out
 
 
 def _multiply_on_host(a: Array, b: Array, out: Array) -> None:
     a, b, out = _as_one(a, b, out)
-    # NumPy before 2.3 multiplies what BLAS cannot read by a loop of its own, 100 times slower.
-    a, b = (x if _layout(x) else np.ascontiguousarray(x) for x in (a, b))
+    a, b = _readable(a), _readable(b)
     if out.dtype.itemsize == 2 and out.dtype.kind in "fV":  # NumPy has no fast product for these
         out[...] = np.matmul(a.astype(np.float32), b.astype(np.float32))
     else:
         np.matmul(a, b, out=out)
+
+
+def _readable(x: Array) -> Array:
+    """Return a host array as BLAS can read it.
+
+    NumPy before 2.3 multiplies others by a loop of its own, 100 times slower.
+    """
+    return x if _layout(x) else np.ascontiguousarray(x)
 
 
 def _multiply_on_gpu(a: Array, b: Array, out: Array, precision: Precision | None) -> None:
@@ -372,6 +425,8 @@ def _as_matrix(x: Array) -> Array | None:
 def _step(x: Array) -> int | None:
     """Return the elements from one matrix of a stack to the next, or None if that varies."""
     axes = [(n, s) for n, s in zip(x.shape[:-2], x.strides[:-2], strict=True) if n > 1]
+    if any(s % x.itemsize for _, s in axes):
+        return None
     for (_, outer), (n, inner) in pairwise(axes):
         if outer != inner * n:
             return None
@@ -382,9 +437,12 @@ def _step(x: Array) -> int | None:
 def _layout(x: Array) -> tuple[int, int] | None:
     """Return whether matrices lie column by column, and the elements between columns (or rows).
 
-    None if neither rows nor columns are contiguous.
+    None if neither rows nor columns are contiguous, or they are no whole number of elements apart.
     """
-    (rows, columns), (down, across) = x.shape[-2:], (s // x.itemsize for s in x.strides[-2:])
+    (rows, columns), (down, across), size = x.shape[-2:], x.strides[-2:], x.itemsize
+    if (rows > 1 and down % size) or (columns > 1 and across % size):
+        return None
+    down, across = down // size, across // size
     if (columns == 1 or across == 1) and (rows == 1 or down >= columns):
         return 0, down if rows > 1 else columns
     if (rows == 1 or down == 1) and (columns == 1 or across >= rows):

@@ -15,6 +15,9 @@ from gpuml.errors import DataError
 
 # When a byte of a mapped file is read, Linux maps the 64 KiB about it, if it has them in memory.
 WINDOW_BYTES = 64 * 2**10
+OVERLAP_WORK: Any = (
+    10_000  # how hard to look for an element that two arrays share: below a millisecond
+)
 CHUNK_BYTES = 4 * 2**20  # of a file are in memory while it is copied
 
 
@@ -46,6 +49,11 @@ class MappedFile:
         """Whether the file holds what the array shows; not so if changes stay in memory."""
         return bool(self.owner.mode != "c")
 
+    @property
+    def path(self) -> str | None:
+        """Where the file is; None if it has no name, as some temporary files."""
+        return None if self.owner.filename is None else str(self.owner.filename)
+
     def whole_pages(self) -> tuple[int, int]:
         """Return offset and length, in the map, of the pages that hold the array."""
         first = self.first - self.first % mmap.PAGESIZE
@@ -64,9 +72,11 @@ def mapped_file(array: Any) -> MappedFile | None:
     -------
     MappedFile or None
     """
+    if array.base is None:
+        return None
     owner, base = None, array
     while base is not None and not isinstance(base, mmap.mmap):
-        if isinstance(base, np.memmap) and base.filename is not None:
+        if isinstance(base, np.memmap):
             owner = base
         base = getattr(base, "base", None)
     if owner is None or base is None or array.size == 0:
@@ -87,8 +97,8 @@ def check_length(array: Any, name: str) -> None:
     part = mapped_file(array)
     if part is not None and part.map.size() < part.begin + part.last:
         raise DataError(
-            f"the file of {name}, {part.owner.filename}, has {part.map.size()} bytes, but the "
-            f"array needs {part.begin + part.last}: it was cut off"
+            f"the file of {name}, {part.path or 'without a name'}, has {part.map.size()} bytes, "
+            f"but the array needs {part.begin + part.last}: it was cut off"
         )
 
 
@@ -102,7 +112,8 @@ def drop_pages(array: Any) -> None:
 def chunks(array: Any) -> Iterator[slice]:
     """Yield parts of the first axis of a matrix that bring some 4 MiB of its file into memory."""
     row_bytes = array.shape[1] * array.itemsize
-    touched = min(abs(array.strides[0]), row_bytes + WINDOW_BYTES)
+    # Rows may repeat, or overlap: a copy has room for each.
+    touched = max(row_bytes, min(abs(array.strides[0]), row_bytes + WINDOW_BYTES))
     rows = max(1, CHUNK_BYTES // max(1, touched))
     return (slice(i, i + rows) for i in range(0, len(array), rows))
 
@@ -147,18 +158,19 @@ def write_back(array: Any) -> None:
 
 
 def overlap(a: Any, b: Any) -> bool:
-    """Return whether two host arrays may share memory, or bytes of one file."""
-    if np.may_share_memory(a, b):
+    """Return whether two host arrays may share elements, or bytes of a file mapped twice."""
+    if np.may_share_memory(a, b, max_work=OVERLAP_WORK):
         return True
     x, y = mapped_file(a), mapped_file(b)
-    if x is None or y is None or not _same_file(x, y):
+    if x is None or y is None or x.map is y.map or not _same_file(x, y):
         return False
     return x.begin + x.first < y.begin + y.last and y.begin + y.first < x.begin + x.last
 
 
 def _same_file(x: MappedFile, y: MappedFile) -> bool:
-    names = str(x.owner.filename), str(y.owner.filename)
+    if x.path is None or y.path is None:
+        return False
     try:
-        return os.path.samefile(*names)
+        return os.path.samefile(x.path, y.path)
     except OSError:  # one was deleted, or moved, after it was mapped
-        return names[0] == names[1]
+        return x.path == y.path

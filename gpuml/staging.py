@@ -19,12 +19,18 @@ import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
 from gpuml.blocking import EMPTY, FILL, IN, OUT
-from gpuml.devices import CPU, Array, Device
+from gpuml.devices import CPU, Array, Device, cpu_count
 
 # On an NVIDIA H200 host with 16 cores: 1 MiB buffers 6, 2 MiB 11, 4 MiB 39, 8 MiB 50 GB/s with 12
 # threads. The smaller they are, the more often the threads wait for Python's lock.
 BUFFER_BYTES = 8 * 2**20
 BUFFERS_EACH = 2  # for a thread: it fills one while the other is copied
+MOST_THREADS = 16  # so that the buffers of both directions take half a GiB at most
+
+
+def copy_threads() -> int:
+    """Return how many threads of the host should copy in one direction."""
+    return max(1, min(MOST_THREADS, cpu_count() * 3 // 4))
 
 
 class Trace:
@@ -36,7 +42,8 @@ class Trace:
         self._zero = None
         if device.kind == "gpu":
             device.synchronize()
-            self._zero = self.event()
+            with device.use():  # events of two devices cannot be compared
+                self._zero = self.event()
         self._start = time.perf_counter()
 
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 import os
@@ -9,8 +10,10 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import weakref
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -463,15 +466,42 @@ def test_the_smallest_limit_is_exact_and_is_named(device, rng, dtype, shape):
     assert blocked_matmul(a, b, memory_limit=limit, device=device).shape == (m, n)
     with pytest.raises(gpuml.DataError, match="is too small") as caught:
         blocked_matmul(a, b, memory_limit=limit - 1, device=device)
-    given_size, needed, kept = re.search(
-        r"limit of (.+) is too small: the smallest tile needs (.+), and (.+) are kept",
+    given_size, needed, kept, cure = re.search(
+        r"limit of (.+) is too small: the smallest tile needs (.+), and (.+) are kept "
+        r"for the libraries; memory_limit=(\d+) would do",
         str(caught.value),
     ).groups()
+    assert limit <= int(cure) <= limit + 2
+    assert plan_for(a, b, memory_limit=int(cure), device=device).memory == least
     sizes = [float(text.split()[0]) for text in (needed, kept, given_size)]
     units = {text.split()[1] for text in (needed, kept, given_size)}
     assert given_size == blocking.size_text(limit - 1)
     if len(units) == 1:
         assert sizes[0] + sizes[1] == pytest.approx(sizes[2], rel=0.02)
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+@pytest.mark.parametrize("n_bytes", [1, 1000, 2**20, 2**30, 2**40 + 1])
+def test_the_limit_that_would_do_is_the_least(kind, n_bytes):
+    where = Device(kind)
+    limit = blocked._least_limit(where, n_bytes)
+    assert limit - blocked._reserve(where, limit) >= n_bytes
+    assert limit - 2 - blocked._reserve(where, limit - 2) < n_bytes
+
+
+@pytest.mark.parametrize(
+    ("operands", "error", "words"),
+    [
+        ((np.ones((2, 3, 3)), np.ones((3, 4))), ValueError, "a has shape .* takes matrices"),
+        ((np.ones((3, 3)), np.ones((2, 3, 4))), ValueError, "b has shape .* takes matrices"),
+        (([[1.0]], np.ones((1, 4))), TypeError, "got list"),
+        ((np.ones((2, 3)), np.ones((2, 4))), ValueError, "a.T @ b would"),
+        ((np.ones((0, 3)), np.ones((3, 4))), ValueError, "must be at least 1, got 0, 4, 3"),
+    ],
+)
+def test_no_plan_for_what_cannot_be_multiplied(operands, error, words):
+    with pytest.raises(error, match=words):
+        plan_for(*operands, device="cpu")
 
 
 @pytest.mark.parametrize("limit", ["8 KiB", 8192, "8192", "8.0 KiB"])
@@ -864,6 +894,8 @@ def test_interrupted_only_the_rest_is_computed(job, monkeypatch, stop_after):
         multiply = Multiply(patch)
         report = job.run(resume=True)
     assert report.n_steps == plan.n_steps - len(tiles) * plan.counts[2]
+    note = f"taken up again: {len(tiles)} tiles were finished before, {report.n_tiles} now"
+    assert (note in str(report)) is bool(tiles)
     assert multiply.n_operations == 2 * job.k * (job.out.size - area(tiles))
     job.assert_finished()
 
@@ -879,6 +911,18 @@ def test_finished_before_the_record_was_removed_nothing_is_computed(job, monkeyp
     assert report.n_tiles == 0
     assert report.bound == "nothing"
     assert str(report).startswith(str(report.plan))
+    job.assert_finished()
+
+
+def test_interrupted_while_rates_are_measured_nothing_is_computed_again(job, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(blocked, "measure_rates", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            job.run()
+    assert job.run(resume=True).n_steps == 0
     job.assert_finished()
 
 
@@ -906,6 +950,22 @@ def test_resume_without_a_record_computes_all(job):
     report = job.run(resume=True)
     assert report.n_steps == report.plan.n_steps
     job.assert_finished()
+
+
+def test_files_without_a_name_are_files(device, rng):
+    """Their pages are given back like others; only a record has no place to be."""
+    x, y = rng.normal(size=(150, 140)), rng.normal(size=(140, 130))
+    arrays = []
+    for values in (x, y, np.full((150, 130), 7.0)):
+        with tempfile.TemporaryFile() as file:
+            arrays.append(np.memmap(file, float, "w+", 0, values.shape))
+        arrays[-1][...] = values
+    a, b, out = arrays
+    assert out.filename is None
+    many_tiles(a, b, device, out=out)
+    assert_right(out, x, y)
+    with pytest.raises(ValueError, match="of a file with a name"):
+        blocked_matmul(a, b, out=out, resume=True, device=device)
 
 
 def test_a_result_that_stays_in_memory_cannot_be_resumed(job):
@@ -1244,6 +1304,32 @@ class FakeGPU(Device):
         return "a fake GPU"
 
 
+def test_times_are_taken_on_the_device_that_multiplies(monkeypatch):
+    """Another GPU may be the current one: between events of two of them there is no time."""
+    current = []
+
+    class SecondGPU(FakeGPU):
+        @contextmanager
+        def use(self):
+            current.append(self.index)
+            yield
+            current.pop()
+
+    recorded = []
+    monkeypatch.setattr(blocked.Trace, "event", lambda *_: recorded.append(list(current)))
+    blocked.Trace(SecondGPU("gpu", 1))
+    assert recorded == [[1]]
+
+
+@pytest.mark.parametrize(("processors", "threads"), [(1, 1), (2, 1), (16, 12), (22, 16), (128, 16)])
+def test_pinned_buffers_take_half_a_gib_on_the_largest_host(monkeypatch, processors, threads):
+    from gpuml import staging
+
+    monkeypatch.setattr(staging, "cpu_count", lambda: processors)
+    assert staging.copy_threads() == threads
+    assert 2 * threads * staging.BUFFERS_EACH * staging.BUFFER_BYTES <= 2**29
+
+
 class OutOfMemoryError(MemoryError):
     """As CuPy calls it."""
 
@@ -1345,6 +1431,44 @@ def test_where_not_even_the_smallest_tile_fits_the_numbers_are_told(
     last = blocking.size_text(full_gpu.tried[-1])
     for text in (f"has {blocking.size_text(free)} free", f"tiles of {last} did not fit", "needs"):
         assert text in str(caught.value)
+    assert "(OutOfMemoryError Out of memory allocating 512 bytes)" in str(caught.value)
+    assert "memory_limit=" not in str(caught.value), "no limit would help"
+
+
+@pytest.mark.parametrize("free", [0, 1000])
+def test_without_a_limit_too_little_memory_is_the_device_s_fault(rng, monkeypatch, free):
+    monkeypatch.setattr(FakeGPU, "free", free)
+    a = rng.normal(size=(300, 300))
+    with pytest.raises(gpuml.DeviceMemoryError, match=r"has .* to spare: the smallest tile needs"):
+        blocked_matmul(a, a, device=FakeGPU("gpu"))
+
+
+def test_what_an_error_of_a_thread_keeps_is_given_back_first(full_gpu, rng, monkeypatch):
+    """Such an error and its transfer know each other: only the collector can free them."""
+    held, found = [], []
+
+    class Transfer:
+        pass
+
+    def allocate(work, plan, steps, trace, n_threads):
+        found.append(sum(reference() is not None for reference in held))
+        transfer = Transfer()
+        held.append(weakref.ref(transfer))
+        try:
+            raise OutOfMemoryError("Out of memory")
+        except OutOfMemoryError as error:
+            transfer.error = error
+            raise
+
+    monkeypatch.setattr(blocked, "_multiply_on_gpu", allocate)
+    gc.disable()
+    try:
+        with pytest.raises(gpuml.DeviceMemoryError), pytest.warns(ResourceWarning):
+            blocked_matmul(rng.normal(size=(200, 200)), np.eye(200), device=FakeGPU("gpu"))
+    finally:
+        gc.enable()
+    assert len(found) > 2
+    assert set(found) == {0}
 
 
 @pytest.mark.parametrize(
@@ -1353,6 +1477,8 @@ def test_where_not_even_the_smallest_tile_fits_the_numbers_are_told(
         ("OutOfMemoryError", "Out of memory allocating 99 bytes", True),
         ("CUDARuntimeError", "cudaErrorMemoryAllocation: out of memory", True),
         ("CUBLASError", "CUBLAS_STATUS_ALLOC_FAILED", True),
+        ("CUBLASError", "CUBLAS_STATUS_NOT_INITIALIZED", True),
+        ("CUDADriverError", "CUDA_ERROR_OUT_OF_MEMORY: out of memory", True),
         ("CUDARuntimeError", "cudaErrorIllegalAddress", False),
         ("ValueError", "wrong", False),
     ],
@@ -1545,8 +1671,57 @@ def test_the_rates_are_those_of_the_product(device, rng, monkeypatch):
     blocked_matmul(a, a, device=device, precision="tf32", return_report=True)
     blocked_matmul(a.astype(int), a, device=device, return_report=True)
     blocked_matmul(a, a, device=device)
-    asked = [(where, np.dtype(dtype).name, precision) for where, dtype, precision in asked]
-    assert asked == [(device, "float32", "tf32"), (device, "float64", None)]
+    asked = [(where, np.dtype(dtype).name, *rest) for where, dtype, *rest in asked]
+    assert asked == [(device, "float32", "tf32", None), (device, "float64", None, None)]
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64", "complex128", "int8"])
+@pytest.mark.parametrize("limit", [None, "64 GiB", "1 GiB", "512 MiB", "96 MiB", "20 MiB"])
+def test_on_a_gpu_rates_are_measured_within_the_limit(monkeypatch, dtype, limit):
+    monkeypatch.undo()
+    n_bytes, taken = math.inf if limit is None else blocking.parse_size(limit), []
+
+    def arithmetic(device, dtype, precision, size):
+        size //= 1 if dtype.kind == "f" else 4
+        taken.append(size**2 * (dtype.itemsize + (4 if dtype == "f2" else dtype.itemsize)))
+        return 1e12
+
+    monkeypatch.setattr(blocked, "_arithmetic_rate", arithmetic)
+    monkeypatch.setattr(blocked, "_copy_rates", lambda _, n: taken.append(n) or [1e9] * 4)
+    monkeypatch.setattr(FakeGPU, "n_emptied", 0)
+    blocked._measured.cache_clear()
+    rates = blocked.measure_rates(FakeGPU("gpu"), dtype, None, limit)
+    blocked._measured.cache_clear()
+    assert rates == Rates(1e9, 1e9, 1e9, 1e9, 1e12)
+    assert n_bytes / 32 < max(taken) <= n_bytes * 7 / 8 or max(taken) >= 2**28
+    assert max(taken) <= n_bytes
+    assert FakeGPU.n_emptied == 1, "others may have the memory then"
+
+
+@pytest.mark.parametrize("error", ["OutOfMemoryError", "ValueError"])
+def test_without_memory_to_measure_the_product_is_returned_all_the_same(
+    full_gpu, rng, monkeypatch, error
+):
+    asked = []
+
+    def full(*what):
+        asked.append(what)
+        raise type(error, (Exception,), {})("no rates")
+
+    monkeypatch.setattr(blocked, "measure_rates", full)
+    full_gpu.bound = 10**9
+    a = rng.normal(size=(200, 200))
+    options = {"memory_limit": "1 MiB", "device": FakeGPU("gpu"), "return_report": True}
+    if error == "ValueError":
+        with pytest.raises(Exception, match="no rates") as caught:
+            blocked_matmul(a, a, **options)
+        assert type(caught.value).__name__ == error
+        return
+    c, report = blocked_matmul(a, a, **options)
+    assert_right(c, a, a)
+    assert report.predicted is report.rates is None
+    assert "no memory left to measure" in str(report)
+    assert [rest for _, _, *rest in asked] == [[None, 2**20]]
 
 
 def test_a_progress_bar_is_shown_where_it_is_wanted(device, rng, capsys, monkeypatch):
@@ -1584,9 +1759,36 @@ def test_a_function_that_is_told_may_stop_it(job):
     with pytest.raises(KeyboardInterrupt):
         job.run(progress=stop)
     assert len(noted(job.path)) == 7
-    report = job.run(resume=True)
-    assert report.n_tiles == report.plan.n_tiles - 7
+    told = []
+    report = job.run(resume=True, progress=lambda *counts: told.append(counts))
+    left = report.n_tiles
+    assert left == report.plan.n_tiles - 7
+    assert told == [(i + 1, left) for i in range(left)], "at the end all are done"
     job.assert_finished()
+
+
+def test_a_bar_begins_with_what_was_finished_before(job, monkeypatch, capsys):
+    tiles = job.interrupt(monkeypatch, 150)
+    job.run(resume=True, progress=True)
+    shown = capsys.readouterr().err
+    assert "100%" in shown
+    assert "10.2M/10.2M" in shown
+    percentages = [int(number) for number in re.findall(r"(\d+)%\|", shown)]
+    assert percentages[0] == 0, "before it is known what was finished"
+    assert percentages[1] == pytest.approx(100 * area(tiles) / job.out.size, abs=1)
+
+
+def test_with_smaller_tiles_the_bar_comes_to_its_end(full_gpu, rng, capsys):
+    a, b, told = rng.normal(size=(300, 300)), rng.normal(size=(300, 200)), []
+    full_gpu.bound, full_gpu.n_tiles = 200_000, 3
+    for progress in (True, lambda *counts: told.append(counts)):
+        full_gpu.n_tiles = 3
+        with pytest.warns(ResourceWarning):
+            blocked_matmul(a, b, memory_limit="400 KiB", device=FakeGPU("gpu"), progress=progress)
+    assert "36.0M/36.0M" in capsys.readouterr().err
+    done, n_tiles = zip(*told, strict=True)
+    assert list(done) == [*range(1, len(done) + 1)]
+    assert n_tiles[-1] == done[-1]
 
 
 # --- on a GPU only -----------------------------------------------------------------------------

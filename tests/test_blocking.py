@@ -244,6 +244,8 @@ def test_sums_are_as_large_as_elements_unless_told():
 def test_sizes_must_be_positive(sizes):
     with pytest.raises(ValueError, match=re.escape(", ".join(map(str, sizes)))):
         plan_blocks(*sizes, 4, 10**6)
+    with pytest.raises(ValueError, match="at least 1"):
+        smallest_memory(*sizes, 4)
 
 
 # --- few bytes ---------------------------------------------------------------------------------

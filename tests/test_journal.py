@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import threading
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -381,6 +382,15 @@ def test_views_count_by_what_they_show(rng):
         assert fingerprint(view) == before
         view[-1, -1] += 1
         assert fingerprint(view) != before
+
+
+def test_windows_that_overlap_are_read_in_small_parts():
+    x = np.lib.stride_tricks.sliding_window_view(np.ones(20_000, "f4"), 10_000)  # 400 MB in full
+    tracemalloc.start()
+    fingerprint(x, n_threads=1)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 40e6
 
 
 def test_no_thread_is_left():

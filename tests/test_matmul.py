@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tracemalloc
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from hypothesis.extra.numpy import mutually_broadcastable_shapes
 import gpuml
 from gpuml import matmul
 from gpuml.matmul import batched_matmul, multiply_into, product_shape, split_matmul
+from gpuml.memory_maps import overlap
 
 quick = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -306,6 +308,19 @@ def test_arrays_off_their_alignment_and_read_only_ones_give_the_right_result(rng
     assert_right(batched_matmul(a, a.T), a, a.T)
 
 
+def test_columns_of_a_table_of_other_types_give_the_right_result(rng):
+    """Their elements are no whole number of elements apart."""
+    for stack in ((), (5,)):
+        table = np.zeros((*stack, 6, 4), [("x", "f4"), ("label", "i2")])
+        table["x"] = rng.normal(size=table.shape)
+        a, b = table["x"], table["x"].swapaxes(-1, -2)
+        assert a.strides[-1] == 6
+        assert matmul._layout(a) is None
+        assert matmul._layout(b) is None
+        assert_right(batched_matmul(a, b), np.ascontiguousarray(a), np.ascontiguousarray(b))
+    assert matmul._step(np.zeros((5, 1, 1), [("x", "c8"), ("label", "f4")])["x"]) is None
+
+
 def test_memory_maps_are_multiplied(rng, tmp_path):
     a = np.memmap(tmp_path / "a", dtype=np.float32, mode="w+", shape=(2, 4, 3))
     a[...] = rng.normal(size=a.shape)
@@ -459,7 +474,7 @@ def test_a_shared_operand_that_must_be_copied_is_copied_once(device, rng):
     assert_right(out, a, b)
 
 
-def test_products_with_one_shared_right_operand_are_one_tall_product(device):
+def test_products_with_one_shared_right_operand_are_one_tall_product(device, monkeypatch):
     xp = device.xp
     for stack in ((), (6,), (2, 3), (1, 6)):
         a = xp.ones((*stack, 4, 3))
@@ -468,6 +483,10 @@ def test_products_with_one_shared_right_operand_are_one_tall_product(device):
             x, y, c = matmul._as_one(a, b, out)
             assert (x.ndim, y.ndim, c.ndim) == (2, 2, 2)
             assert bool(xp.shares_memory(c, out))
+    monkeypatch.setattr(matmul, "MOST_ROWS", 24)
+    for n, n_axes in ((6, 2), (7, 3)):  # of 4 rows each
+        a, out = xp.ones((n, 4, 3)), xp.ones((n, 4, 2))
+        assert matmul._as_one(a, xp.ones((3, 2)), out)[0].ndim == n_axes
     rows = xp.ones((6, 6, 3))[:, 1:5]  # with gaps between the matrices
     assert matmul._as_one(rows, xp.ones((3, 2)), xp.ones((6, 4, 2)))[0] is rows
     a, b = xp.ones((6, 4, 3)), xp.ones((6, 3, 2))
@@ -618,7 +637,7 @@ def test_an_out_that_repeats_its_elements_is_refused(device):
 def test_an_out_that_is_read_only_or_byte_swapped_is_refused():
     a, out = np.ones((2, 3)), np.zeros((2, 2))
     out.flags.writeable = False
-    with pytest.raises(ValueError, match="out is read-only"):
+    with pytest.raises(ValueError, match=r"out is read-only: .* mmap_mode='r\+'"):
         batched_matmul(a, a.T, out=out)
     assert not out.any()
     with pytest.raises(ValueError, match="out must be float64"):
@@ -631,14 +650,62 @@ def test_an_out_that_overlaps_an_operand_is_refused(device):
     a, other = whole[:, :3], xp.ones((3, 3))
     before = gpuml.to_host(whole)
     for out in (a, a.T, a[::-1], whole[:, 2:5]):
-        for operands in ((a, other), (other, a)):
-            with pytest.raises(ValueError, match="out overlaps an operand"):
+        for operands, name in (((a, other), "a"), ((other, a), "b")):
+            with pytest.raises(ValueError, match=f"out overlaps {name}: .* such as np.empty_like"):
                 batched_matmul(*operands, out=out)
     np.testing.assert_array_equal(gpuml.to_host(whole), before)
     stack = xp.ones((4, 3, 3))
     with pytest.raises(ValueError, match="overlaps"):
         batched_matmul(stack[1:], other, out=stack[:3])
     assert_right(batched_matmul(stack[2:], other, out=stack[:2]), stack[2:], other)  # side by side
+
+
+@pytest.mark.parametrize("part", [np.s_[:, 3:6], np.s_[:, 17:], np.s_[:, 4:10:2], np.s_[:, :2:-1]])
+def test_out_may_be_other_columns_of_the_same_memory(device, part):
+    whole = device.asarray(np.arange(60.0).reshape(3, 20))
+    a, out = device.asarray(np.arange(9.0).reshape(3, 3)), whole[part][:, :3]
+    expected = whole[:, :3] @ a
+    np.testing.assert_array_equal(
+        gpuml.to_host(batched_matmul(whole[:, :3], a, out=out)), gpuml.to_host(expected)
+    )
+
+
+def test_arrays_of_a_gpu_are_compared_by_their_addresses():
+    def there(first, shape, strides):
+        return SimpleNamespace(
+            data=SimpleNamespace(ptr=2**46 + first), shape=shape, strides=strides, itemsize=8
+        )
+
+    a = there(0, (3, 3), (160, 8))
+    for first, strides, expected in (
+        (0, (160, 8), True),
+        (16, (160, 8), True),
+        (24, (160, 8), False),  # the columns beside
+        (320, (8, 160), True),
+        (480, (160, 8), False),
+    ):
+        b = there(first, (3, 3), strides)
+        assert overlap(matmul._place(a), matmul._place(b)) is expected, first
+
+
+def test_one_file_mapped_twice_overlaps(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(9.0).reshape(3, 3))
+    a, out = (np.load(tmp_path / "x.npy", mmap_mode="r+") for _ in range(2))
+    with pytest.raises(ValueError, match="out overlaps b"):
+        batched_matmul(np.eye(3), a, out=out)
+    np.testing.assert_array_equal(out, np.arange(9.0).reshape(3, 3))
+    assert_right(batched_matmul(a, np.eye(3)), np.asarray(a), np.eye(3))
+
+
+def test_a_mapped_file_that_was_cut_off_is_refused(tmp_path):
+    for cut in ("a", "b", "out"):
+        arrays = {}
+        for name in ("a", "b", "out"):
+            np.save(tmp_path / f"{name}.npy", np.ones((100, 100)))
+            arrays[name] = np.load(tmp_path / f"{name}.npy", mmap_mode="r+")
+        os.truncate(tmp_path / f"{cut}.npy", 80_000)
+        with pytest.raises(gpuml.DataError, match=f"the file of {cut}, .* was cut off"):
+            batched_matmul(**arrays)
 
 
 # --- errors ------------------------------------------------------------------------------------
@@ -689,6 +756,14 @@ def test_arrays_that_hold_no_numbers_are_refused(dtype):
     for operands in ((a, b), (b, a), (a, a)):
         with pytest.raises(TypeError, match="cannot multiply arrays of"):
             batched_matmul(*operands)
+
+
+@pytest.mark.parametrize("name", ["float8_e4m3fn", "float8_e5m2", "int4"])
+def test_types_that_sum_too_coarsely_are_refused_with_the_cure(name):
+    dtype = np.dtype(getattr(pytest.importorskip("ml_dtypes"), name))
+    a = np.ones((2, 300), dtype)
+    with pytest.raises(TypeError, match=rf"arrays of {name}: .* a.astype\(np.float32\)"):
+        batched_matmul(a, a.T)
 
 
 def test_lists_are_refused_with_the_cure():
@@ -815,6 +890,11 @@ def test_parts_side_by_side_are_the_product(device, name, m, k, n, view, part, s
     assert_right(device.xp.concatenate(parts, axis=-1), a, b)
 
 
+def test_no_columns_are_one_part_without_columns(device):
+    [part] = split_matmul(device.xp.ones((2, 3)), device.xp.ones((3, 0)), 1)
+    assert part.shape == (2, 0)
+
+
 def test_parts_need_only_their_share_of_the_memory(device, rng):
     a = device.asarray(numbers(rng, (400, 10), np.dtype("float32")))
     b = device.asarray(numbers(rng, (10, 1000), np.dtype("float32")))
@@ -844,6 +924,9 @@ def test_split_matmul_says_at_once_what_is_wrong(device):
     a, b = device.xp.ones((2, 3)), device.xp.ones((3, 4))
     for n_parts in (0, -1, 5):
         with pytest.raises(ValueError, match=f"from 1 to the 4 columns of b, got {n_parts}"):
+            split_matmul(a, b, n_parts)
+    for n_parts in (2.5, "2", None):
+        with pytest.raises(TypeError, match="as an integer"):
             split_matmul(a, b, n_parts)
     with pytest.raises(ValueError, match=re.escape("(2, 3) @ (2, 3) do not fit")):
         split_matmul(a, a, 1)

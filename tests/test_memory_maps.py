@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,17 @@ def test_a_file_shows_the_array_unless_changes_stay_in_memory(tmp_path, mode, sh
     x = np.memmap(tmp_path / "x", "<i4", mode, shape=(4, 5))
     assert mapped_file(x).shared is shared
     assert mapped_file(np.asarray(x)[1:]).shared is shared
+
+
+def test_a_file_without_a_name_is_known():
+    with tempfile.TemporaryFile() as file:
+        x = np.memmap(file, "<i4", "w+", shape=(300, 500))
+        assert x.filename is None
+        assert (mapped_file(x[2:]).first, mapped_file(x).path) == (4000, None)
+        assert overlap(x, x[5:])
+        os.ftruncate(file.fileno(), 5000)
+        with pytest.raises(gpuml.DataError, match="the file of a, without a name, has 5000 bytes"):
+            check_length(x, "a")
 
 
 def test_arrays_that_numpy_opens_are_known(tmp_path):
@@ -255,6 +267,14 @@ def test_chunks_are_all_of_the_array_in_order(shape):
     assert rows == list(range(len(x)))
 
 
+@pytest.mark.parametrize("step", [0, 8])
+def test_rows_that_repeat_or_overlap_are_counted_as_they_are_copied(step):
+    x = np.lib.stride_tricks.as_strided(np.zeros(10**6), (10**6, 1000), (step, 8))
+    assert (
+        max(part.stop - part.start for part in chunks(x)) * x[0].nbytes <= memory_maps.CHUNK_BYTES
+    )
+
+
 @LINUX
 @pytest.mark.parametrize(
     ("order", "columns"),
@@ -313,6 +333,15 @@ def test_maps_of_different_files_do_not_overlap(tmp_path):
     x, y = (numbered(tmp_path / name, (4, 5)) for name in "xy")
     assert not overlap(x, y)
     assert overlap(x, np.memmap(tmp_path / "x", "<i4", "r", shape=(20,)))
+
+
+def test_columns_of_one_map_overlap_only_where_their_elements_do(tmp_path):
+    x = numbered(tmp_path / "x", (40, 50))
+    assert not overlap(x[:, :25], x[:, 25:])
+    assert not overlap(x[:, ::2], x[:, 1::2])
+    assert overlap(x[:, :26], x[:, 25:])
+    again = np.memmap(tmp_path / "x", "<i4", "r", shape=(40, 50))
+    assert overlap(x[:, :26], again[:, 25:])
 
 
 def test_a_file_that_was_deleted_or_moved_is_no_error(tmp_path):

@@ -51,11 +51,14 @@ def linear_gradients(device: Device) -> None:
 
 
 def blocked_products() -> None:
-    """A product in many tiles: copies and products at the same time."""
+    """Products in many tiles and panels: copies and products at the same time."""
     rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(300, 200)), rng.normal(size=(200, 250))
-    c = gpuml.blocked_matmul(a, b, memory_limit="200 KiB")
-    np.testing.assert_allclose(c, a @ b)
+    for dtype in (np.float64, np.float32, np.float16, np.int32):
+        shapes = (300, 200), (200, 250)
+        a, b = (rng.integers(-3, 4, shape).astype(dtype) for shape in shapes)  # exact sums
+        for x, y in ((a, b), (np.asfortranarray(a), b[:, ::-1])):
+            c = gpuml.blocked_matmul(x, y, memory_limit="200 KiB")
+            np.testing.assert_array_equal(c, x.astype(float) @ y.astype(float))
 
 
 def main() -> None:
