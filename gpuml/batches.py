@@ -136,7 +136,7 @@ class GivenBatches:
     TypeError
         If it cannot be iterated over more than once.
     ValueError
-        If it is empty, or yields something else than pairs.
+        If it is empty, yields something else than pairs, or not as many each time.
     """
 
     streamed = False
@@ -148,13 +148,26 @@ class GivenBatches:
                 "object whose __iter__ begins anew"
             )
         self._source, self._convert = source, convert
-        sizes = [len(x) for x, _ in self.epoch(None)]
+        sizes = [len(x) for x, _ in self._pairs()]
         if not sizes:
             raise ValueError("the source of batches is empty")
         self.n_samples, self.batch_size, self.n_steps = sum(sizes), max(sizes), len(sizes)
 
     def epoch(self, generator: np.random.Generator | None) -> Iterator[Batch]:
         """Yield (x, y) of one epoch, in the source's order."""
+        pairs, n = self._pairs(), 0
+        for pair in itertools.islice(pairs, self.n_steps):
+            yield pair
+            del pair  # before the next is brought
+            n += 1
+        if n < self.n_steps or next(pairs, None) is not None:
+            found = n if n < self.n_steps else "more"
+            raise ValueError(
+                f"the source of batches yielded {self.n_steps} the first time, and now {found}: "
+                "it must yield as many each time"
+            )
+
+    def _pairs(self) -> Iterator[Batch]:
         for pair in self._source:
             if not isinstance(pair, tuple | list) or len(pair) != 2:
                 raise ValueError("the source of batches must yield pairs (x, y)")

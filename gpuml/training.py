@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -168,10 +170,11 @@ def train(
     >>> len(history), history["loss"][-1] < history["loss"][0]
     (5, True)
     """
+    _check_model(model)
     n_epochs = _positive_integer("n_epochs", n_epochs)
     if batch_size is not None:
         batch_size = _positive_integer("batch_size", batch_size)
-    if validation_data is not None and len(validation_data) != 2:
+    if validation_data is not None and not _is_pair(validation_data):
         raise ValueError("validation_data must be a pair: (X, y)")
     if patience is not None:
         patience = _positive_integer("patience", patience)
@@ -540,6 +543,7 @@ def predict(model: Model, X: Array) -> Array:
         Where `X` lives.
     """
     device, home = model.device, device_of(X)
+    _check_numbers("X", X)
     if X.ndim != 2 or 0 in X.shape:
         raise ValueError(f"X has shape {X.shape}, expected (n_samples, n_features), not empty")
     with blas_threads(_largest_product(model, min(len(X), EVALUATED_ROWS))):
@@ -628,10 +632,9 @@ def _explain(
 ) -> str:
     """Say where a number stopped being finite, why, and what to do."""
     where = f"epoch {len(history) + 1}, step {error.step}: {error.what}"
-    for name, array in data.items():
-        place = _first_non_finite(array)
-        if place is not None:
-            return f"{where}, since row {place[0]}, column {place[1]} of {name} is not"
+    cause = _cause_in_data(data, model.dtype)
+    if cause:
+        return f"{where}, since {cause}"
     if error.what.startswith("the validation"):
         where += " on data that the model has not seen; some may be far from the training data"
     rate = getattr(optimizer, "learning_rate", None)
@@ -646,6 +649,10 @@ def _explain(
                 bias="bias" in model.parameters,
                 momentum=optimizer.momentum,  # type: ignore[attr-defined]
             )
+        decay = optimizer.weight_decay  # type: ignore[attr-defined]
+        if decay:  # adds to all curvatures but those along biases
+            reach = 2 * (1 + optimizer.momentum)  # type: ignore[attr-defined]
+            largest = reach / (reach / largest + decay)
         if rate is not None and rate > largest:
             cure = (
                 "with all samples at once the largest stable learning_rate is "
@@ -661,16 +668,35 @@ def _rounded_down(value: float) -> float:
     return math.floor(value / unit) * unit
 
 
-def _first_non_finite(array: Any) -> tuple[int, int] | None:
-    """Return row and column of the first number that is not finite, or None."""
-    if getattr(getattr(array, "dtype", None), "kind", "") not in ("f", "c"):
+def _cause_in_data(data: Mapping[str, Any], dtype: np.dtype[Any]) -> str:
+    """Return what is wrong with the data, such as ``"row 3, column 1 of X is not"``, or ""."""
+    pairs = data["X"] if data["y"] is None else ()  # a source of batches
+    in_batches = (
+        (f"{name} in batch {i} (counted from 0)", array)
+        for i, pair in enumerate(pairs)
+        for name, array in zip("xy", pair, strict=True)
+    )
+    for name, array in itertools.chain(data.items(), in_batches):
+        found = _first_non_finite(array, dtype)
+        if found is not None:
+            row, column, value = found
+            large = f": {value:g} is too large for {dtype}" if math.isfinite(value) else ""
+            return f"row {row}, column {column} of {name} is not{large}"
+    return ""
+
+
+def _first_non_finite(array: Any, dtype: np.dtype[Any]) -> tuple[int, int, float] | None:
+    """Return row, column and value of the first number that is not finite as `dtype`, or None."""
+    if getattr(getattr(array, "dtype", None), "kind", "") != "f":
         return None
     rows = max(1, GATHERED_BYTES // max(1, array[:1].nbytes))
     for first in range(0, len(array), rows):
-        finite = array_module(array).isfinite(array[first : first + rows])
+        part = array[first : first + rows]
+        with np.errstate(over="ignore"):
+            finite = array_module(array).isfinite(part.astype(dtype, copy=False))
         if not bool(finite.all()):
             row, column = divmod(int((~finite).argmax()), math.prod(array.shape[1:]))
-            return first + row, column
+            return first + row, column, float(part[row].reshape(-1)[column])
     return None
 
 
@@ -716,9 +742,25 @@ class _ProgressBar:
 
 def _positive_integer(name: str, value: Any) -> int:
     """Return a whole number of any type as an int, or say that it is none."""
-    if isinstance(value, bool) or value < 1 or value != int(value):
-        raise ValueError(f"{name} must be a positive integer, got {value}")
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not 1 <= value < math.inf or value != int(value):
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
     return int(value)
+
+
+def _check_model(model: Any) -> None:
+    """Refuse what is no model, such as its class, or the data in its place."""
+    if isinstance(model, type):
+        raise TypeError(f"give a model, not its class: {model.__name__}(…)")
+    if not isinstance(model, Model):
+        raise TypeError(
+            f"expected a model, got {type(model).__name__}: gpuml.train(model, X, y), with "
+            "gpuml.Linear, gpuml.MLP or a class of your own that derives from gpuml.Model"
+        )
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2
 
 
 def _settings(optimizer: Optimizer) -> Any:
@@ -741,7 +783,7 @@ def _fingerprint(X: Any, y: Any) -> Any:
 def _usual_loss(X: Any, y: Any) -> str:
     if y is None:
         for pair in () if hasattr(X, "dtype") else X:
-            y = pair[1] if isinstance(pair, tuple | list) and len(pair) == 2 else None
+            y = pair[1] if _is_pair(pair) else None
             break
         if y is None:
             return "mean_squared_error"  # _source says what is wrong
@@ -782,7 +824,19 @@ def _source(
             stream = needed > limit
         if stream:
             return StreamedBatches(X, y, batch_size, device, model.dtype, dtype, limit)
-    return ArrayBatches(device.asarray(X, model.dtype), device.asarray(y, dtype), batch_size)
+    with np.errstate(over="ignore"):  # DivergenceError will name the number
+        return ArrayBatches(device.asarray(X, model.dtype), device.asarray(y, dtype), batch_size)
+
+
+def _check_numbers(name: str, a: Array) -> None:
+    """Refuse text, dates, complex numbers, and numbers that a mask hides."""
+    if a.dtype.kind not in "biuf" and a.dtype.name != "bfloat16":
+        raise TypeError(
+            f"{name} must hold real numbers, got {a.dtype}: {name}.astype(float) makes such of "
+            "text that holds numbers"
+        )
+    if isinstance(a, np.ma.MaskedArray) and np.ma.is_masked(a):
+        raise TypeError(f"{name} has masked numbers: leave these rows out, or fill them in")
 
 
 def _checked(model: Model, X: Array, y: Array, loss: Loss) -> tuple[Array, np.dtype[Any]]:
@@ -794,6 +848,7 @@ def _checked(model: Model, X: Array, y: Array, loss: Loss) -> tuple[Array, np.dt
             f"the model is on {device.kind}, X and y are on gpu:{data_device.index}: "
             f'model.to("gpu:{data_device.index}") moves the model'
         )
+    _check_numbers("X", X)
     if X.ndim != 2 or 0 in X.shape:
         raise ValueError(f"X has shape {X.shape}, expected (n_samples, n_features), not empty")
     if len(X) != len(y):
@@ -803,7 +858,9 @@ def _checked(model: Model, X: Array, y: Array, loss: Loss) -> tuple[Array, np.dt
             "y has names: gpuml.Preprocessing.fit(X, y, ...) numbers classes, and its answers() "
             "turns a model's outputs into names again"
         )
-    n_outputs = model(device.asarray(X[:1], model.dtype)).shape[-1]
+    _check_numbers("y", y)
+    with np.errstate(all="ignore"):  # training will name numbers that are too large
+        n_outputs = model(device.asarray(X[:1], model.dtype)).shape[-1]
     if loss is softmax_cross_entropy:
         if y.dtype.kind not in "iu" or y.ndim != 1:
             raise ValueError(

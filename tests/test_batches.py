@@ -325,3 +325,30 @@ def test_sources_that_are_none_are_explained(device, rng):
     with pytest.raises(ValueError, match="y is missing"):
         gpuml.train(model, X)
     assert not gpuml.to_host(model.parameters.flat).any()
+
+
+@pytest.mark.parametrize(("later", "found"), [(2, "2"), (4, "more")])
+def test_a_source_that_changes_its_length_is_refused(device, rng, later, found):
+    """A loss that no step has written would be counted, or one would have no place."""
+    X, Y = regression_problem(rng, 50)
+    n_updates = 0
+
+    class Counting(GradientDescent):
+        def update(self, *arguments):
+            nonlocal n_updates
+            n_updates += 1
+            super().update(*arguments)
+
+    class Changing(Source):
+        def __iter__(self):
+            return iter(list(super().__iter__())[: 3 if n_updates < 6 else later])
+
+    model, good = Linear(3, 2, device=device), Linear(3, 2, device=device)
+    with pytest.raises(ValueError, match=f"yielded 3 the first time, and now {found}: it must"):
+        gpuml.train(model, Changing(X, Y, 10), n_epochs=10, optimizer=Counting(0.05))
+    pairs = list(Source(X, Y, 10))[:3]
+    gpuml.train(good, pairs, n_epochs=2, optimizer=GradientDescent(0.05))
+    np.testing.assert_array_equal(
+        *(gpuml.to_host(m.parameters.flat) for m in (model, good)),
+        err_msg="the last finished epoch",
+    )

@@ -259,6 +259,26 @@ def test_data_that_are_not_finite_are_named_as_the_cause(device, rng):
         )
 
 
+def test_numbers_too_large_for_the_model_are_named_as_the_cause(device, rng, recwarn):
+    X, y = small_problem(rng)
+    X = X.astype(np.float64)
+    X[0, 3] = -1e300
+    message = r"row 0, column 3 of X is not: -1e\+300 is too large for float32"
+    with pytest.raises(gpuml.DivergenceError, match=message):
+        gpuml.train(MLP([4, 8, 2], device=device), X, y, batch_size=None)
+    assert not recwarn.list
+
+
+def test_a_batch_that_is_not_finite_is_named(device, rng):
+    X, y = small_problem(rng)
+    bad = X[40:].copy()
+    bad[7, 1] = np.nan
+    source = [(X[:20], y[:20]), (X[20:40], y[20:40]), (bad, y[40:])]
+    message = r"epoch 1, step 3.* since row 7, column 1 of x in batch 2 \(counted from 0\) is not"
+    with pytest.raises(gpuml.DivergenceError, match=message):
+        gpuml.train(MLP([4, 8, 2], device=device), source)
+
+
 def test_a_validation_loss_that_overflows_is_no_success(device, rng):
     X, y = small_problem(rng)
     model = MLP([4, 8, 2], device=device)
@@ -418,6 +438,10 @@ def test_blas_threads_are_one_during_small_training_and_restored(rng):
     [
         ({"n_epochs": 0}, "n_epochs must be a positive integer"),
         ({"n_epochs": 1.5}, "n_epochs must be a positive integer"),
+        ({"n_epochs": "5"}, "n_epochs must be a positive integer, got '5'"),
+        ({"n_epochs": None}, "n_epochs must be a positive integer, got None"),
+        ({"n_epochs": math.nan}, "n_epochs must be a positive integer, got nan"),
+        ({"n_epochs": math.inf}, "n_epochs must be a positive integer, got inf"),
         ({"batch_size": 0}, "batch_size must be a positive integer"),
         ({"batch_size": -4}, "batch_size must be a positive integer"),
         ({"loss": "cross-entropy"}, "did you mean 'cross_entropy'"),
@@ -432,6 +456,8 @@ def test_blas_threads_are_one_during_small_training_and_restored(rng):
         ({"X": np.zeros((0, 4)), "y": np.zeros(0, int)}, "not empty"),
         ({"validation_data": (np.zeros((3, 4)), np.zeros(2, int))}, "X has 3 rows, y has 2"),
         ({"validation_data": (np.zeros((3, 4)),)}, "must be a pair"),
+        ({"validation_data": 0.2}, "must be a pair"),
+        ({"validation_data": np.zeros((2, 4))}, "must be a pair"),
         ({"y": np.zeros(60, bool)}, r"integers: y\.astype\(int\)"),
     ],
 )
@@ -470,6 +496,33 @@ def test_a_history_prints_exports_and_plots_itself(device, rng, tmp_path):
     loss_lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
     assert loss_lines == {"training": history["loss"], "held out": history["validation_loss"]}
     assert str(device) in figure.get_supxlabel()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": MLP}, r"not its class: MLP\(…\)"),
+        ({"model": np.zeros((60, 4))}, r"expected a model, got ndarray: gpuml\.train\(model, X"),
+        ({"X": np.zeros((60, 4)).astype(str)}, "X must hold real numbers, got <U"),
+        ({"X": np.zeros((60, 4), object)}, "X must hold real numbers, got object"),
+        ({"X": np.zeros((60, 4), complex)}, "X must hold real numbers, got complex128"),
+        ({"X": np.zeros((60, 4), "M8[s]")}, "X must hold real numbers, got datetime64"),
+        ({"X": np.ma.masked_array(np.eye(60, 4), np.eye(60, 4))}, "X has masked numbers"),
+        ({"y": np.zeros((60, 2), complex)}, "y must hold real numbers, got complex128"),
+        ({"loss": 3}, "expected the name of a loss or a function .*, got 3"),
+        ({"optimizer": 3}, "expected the name of an optimizer, or an object .*, got 3"),
+    ],
+)
+def test_calls_of_the_wrong_type_are_explained(rng, change, message):
+    X, y = small_problem(rng)
+    with pytest.raises(TypeError, match=message):
+        gpuml.train(**({"model": MLP([4, 8, 2], device="cpu"), "X": X, "y": y} | change))
+
+
+def test_predict_takes_numbers_alone(rng):
+    X, _ = small_problem(rng)
+    with pytest.raises(TypeError, match="X must hold real numbers, got <U"):
+        gpuml.predict(MLP([4, 8, 2], device="cpu"), X.astype(str))
 
 
 def test_slips_of_the_hand_are_named(device, rng):
@@ -665,6 +718,25 @@ def test_a_linear_model_that_diverges_learns_the_largest_stable_rate(device, rng
     found = re.search("largest stable learning_rate is ([^,]+), yours is 20", text)
     rate = float(found.group(1))
     assert loss(rate) < 1, "it is stable"
+    with pytest.raises(gpuml.DivergenceError):
+        loss(rate * 1.15)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+@pytest.mark.parametrize("decay", [0.5, 50.0])
+def test_the_largest_stable_rate_counts_weight_decay(rng, momentum, decay):
+    X, Y = numbers_to_predict(rng)
+
+    def loss(rate):
+        model = Linear(3, 2, bias=False, dtype=np.float64, device="cpu")
+        optimizer = GradientDescent(rate, momentum=momentum, weight_decay=decay)
+        options = {"optimizer": optimizer, "n_epochs": 5000, "batch_size": None}
+        return gpuml.train(model, X, Y, **options)["loss"][-1]
+
+    with pytest.raises(gpuml.DivergenceError) as caught:
+        loss(20.0)
+    rate = float(re.search("learning_rate is ([^,]+), yours is 20", str(caught.value)).group(1))
+    assert np.isfinite(loss(rate)), "it is stable"
     with pytest.raises(gpuml.DivergenceError):
         loss(rate * 1.15)
 
