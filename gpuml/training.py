@@ -30,10 +30,11 @@ from gpuml.errors import DataError, GpumlError
 from gpuml.history import History
 from gpuml.losses import Loss, get_loss, mean_squared_error, softmax_cross_entropy
 from gpuml.memory_maps import mapped_file
+from gpuml.model_files import check_place
 from gpuml.models import Linear, Model
 from gpuml.optimizers import GradientDescent, Optimizer, get_optimizer
 from gpuml.regression import largest_stable_learning_rate
-from gpuml.schedules import Schedule, get_schedule
+from gpuml.schedules import Schedule, factor_of, get_schedule
 from gpuml.staging import Trace
 from gpuml.steps import Engine, GramStep, Step, make_step, set_learning_rate
 
@@ -213,7 +214,7 @@ def train(
                 "schedule": _named(run.schedule),
                 "epochs of the schedule": n_epochs if run.schedule else None,
                 "patience": patience,
-                "data": _fingerprint(X, y),
+                "data": _fingerprint(X, y) or {"rows of the source": data.n_samples},
                 "validation data": None if held_out is None else _fingerprint(*validation_data),  # type: ignore[misc]
             }
             run.checkpoint = _Checkpoint(checkpoint, facts, checkpoint_every)
@@ -288,7 +289,7 @@ class _Run:
                 break
             row: dict[str, float] = {"epoch": epoch, "loss": math.nan}
             if self.schedule is not None and self.base_rate is not None:
-                factor = self.schedule(epoch - 1, n_epochs)
+                factor = factor_of(self.schedule, epoch - 1, n_epochs)
                 set_learning_rate(self.step, self.base_rate, factor)
                 row["learning_rate"] = float(self.base_rate) * factor
             self._one_epoch(bar)
@@ -437,6 +438,7 @@ class _Checkpoint:
     def __init__(self, path: str | PathLike[str], facts: dict[str, Any], every: int | str) -> None:
         self.path, self.facts = Path(path), facts
         self.epochs, self.seconds = _interval(every)
+        check_place(self.path)  # now rather than after hours
         self.written = time.monotonic()
 
     def load(self) -> tuple[dict[str, Any], dict[str, Any]] | None:

@@ -488,5 +488,60 @@ def test_a_full_disk_leaves_the_older_file(device, tmp_path, monkeypatch):
 
 
 def test_a_folder_that_is_missing_is_named(tmp_path):
+    model = mlp("cpu")
+    start = model.parameters.flat.copy()
     with pytest.raises(FileNotFoundError, match="there is no folder"):
-        train("Adam", tmp_path, n_epochs=2, checkpoint=tmp_path / "nowhere" / "run.safetensors")
+        train("Adam", tmp_path, checkpoint=tmp_path / "nowhere" / "run.safetensors", model=model)
+    np.testing.assert_array_equal(model.parameters.flat, start, "it is said before training")
+    with pytest.raises(FileExistsError, match="it is not a file"):
+        train("Adam", tmp_path, checkpoint=tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs a limit on the size of files")
+def test_a_disk_that_fills_up_leaves_the_older_file(tmp_path):
+    """Here the system refuses, in the middle of the file."""
+    import resource
+
+    path = tmp_path / "run.safetensors"
+    train("Adam", tmp_path, n_epochs=3, checkpoint=path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        with pytest.raises(OSError, match=r"cannot write the checkpoint: .*the older one is kept"):
+            train("Adam", tmp_path, n_epochs=6, checkpoint=path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".run")] == []
+
+
+def test_a_source_of_another_length_is_refused(tmp_path):
+    X, y, _ = data(None)
+    pairs = [(X[i : i + 30], y[i : i + 30]) for i in range(0, 90, 30)]
+    path = tmp_path / "run.safetensors"
+    gpuml.train(mlp("cpu"), pairs, n_epochs=2, checkpoint=path)
+    resumed = gpuml.train(mlp("cpu"), pairs, n_epochs=4, checkpoint=path)
+    assert len(resumed) == 4
+    with pytest.raises(CheckpointError, match="data, rows of the source was 90 and is 60"):
+        gpuml.train(mlp("cpu"), pairs[:2], n_epochs=6, checkpoint=path)
+
+
+def test_a_checkpoint_is_no_model(tmp_path):
+    path = tmp_path / "run.safetensors"
+    train("Adam", tmp_path, n_epochs=1, checkpoint=path)
+    with pytest.raises(gpuml.ModelFileError, match=r"is a checkpoint, .* and no model: model.save"):
+        gpuml.load_model(path)
+
+
+def test_one_of_a_newer_version_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "run.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr("gpuml.checkpoints.FORMAT", 2)
+        train("Adam", tmp_path, n_epochs=1, checkpoint=path)
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match=r"from a newer gpuml, in format 2, .*: update gpuml"):
+        train("Adam", tmp_path, n_epochs=2, checkpoint=path)
+    assert path.read_bytes() == before
