@@ -118,11 +118,30 @@ def run_to_the_end(case, folder, name, **options):
     (folder / f"{name}.json").write_text(json.dumps(result))
 
 
+def kill_later(child, path, n_writes, pause):
+    """Kill a process some seconds after it has written a file so many times; return its status."""
+
+    def file():
+        return path.stat().st_ino if path.exists() else None
+
+    for _ in range(n_writes):
+        before = file()
+        while file() == before:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                return status
+            time.sleep(2e-4)
+    time.sleep(pause)
+    os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+
 def kill_and_resume(case, folder):
     """Run without interruption, then killed at random moments; write how often, and the outcomes.
 
-    A run that ends before enough kills have landed is followed by another one from the
-    beginning, so that their number does not depend on how fast the machine is.
+    The moments are counted in writes of the checkpoint and in the time that an epoch takes, and a
+    run that ends before enough kills have landed is followed by another one from the beginning:
+    so their number does not depend on how fast the machine is.
     """
     data(folder)
     alone = {"checkpoint": folder / "alone.safetensors"}  # so that it takes as long
@@ -130,26 +149,21 @@ def kill_and_resume(case, folder):
     rng = random.Random(case)
     begin = time.perf_counter()
     assert os.waitpid(in_a_child(run_to_the_end, case, folder, "written", **alone), 0)[1] == 0
-    longest = (time.perf_counter() - begin) / 4
+    epoch = (time.perf_counter() - begin) / N_EPOCHS
     assert os.waitpid(in_a_child(run_to_the_end, case, folder, "alone"), 0)[1] == 0
-    kills = kills_before = 0
-    outcomes = []
+    kills, outcomes = 0, []
     while kills < N_KILLS or path.exists():
         child = in_a_child(run_to_the_end, case, folder, "kept", checkpoint=path)
         if kills < N_KILLS:
-            time.sleep(rng.uniform(0, longest))
-            os.kill(child, signal.SIGKILL)
-        status = os.waitpid(child, 0)[1]
+            status = kill_later(child, path, rng.randrange(8), rng.uniform(0, 2 * epoch))
+        else:
+            status = os.waitpid(child, 0)[1]
         assert status in (0, signal.SIGKILL)
         if status == 0:
             outcomes.append(json.loads((folder / "kept.json").read_text()))
             path.unlink()
-            longest /= 1 if kills > kills_before else 2
-            kills_before = kills
-        elif path.exists():
-            kills += 1
-        else:  # nothing to go on from: it does not count
-            longest *= 2
+        else:
+            kills += path.exists()  # else there is nothing to go on from: it does not count
     left = [p.name for p in folder.iterdir() if p.name.startswith(".run-")]
     (folder / "kills.json").write_text(json.dumps([kills, left, outcomes]))
 
