@@ -185,6 +185,22 @@ def test_both_devices_train_the_same_model(device, digits):
     )
 
 
+@pytest.mark.parametrize("optimizer", [GradientDescent(0.05, momentum=0.9), Adam(0.001)])
+@pytest.mark.parametrize("kind", ["MLP", "Linear", "numbers"])
+def test_five_epochs_on_both_devices_lead_to_the_same_weights(device, digits, kind, optimizer):
+    X, _, y, _ = digits
+    if kind == "numbers":
+        y = X[:, 20:24] + np.float32(0.1) * y[:, None]
+    weights = []
+    for place in ("cpu", device):
+        model = MLP([64, 32, 10], device=place)
+        if kind != "MLP":
+            model = Linear(64, 10 if kind == "Linear" else 4, device=place)
+        gpuml.train(model, X, y, n_epochs=5, optimizer=optimizer)
+        weights.append(gpuml.to_host(model.parameters.flat))
+    np.testing.assert_allclose(weights[1], weights[0], rtol=1e-4, atol=1e-5)
+
+
 def test_data_on_a_gpu_and_a_model_on_the_cpu_are_refused(device, rng):
     if device.kind == "cpu":
         pytest.skip("needs two devices")
@@ -615,6 +631,66 @@ def test_an_epoch_of_a_network_is_that_of_scikit_learn(device, rng, momentum):
     np.testing.assert_allclose(gpuml.to_host(model.parameters.flat), expected, atol=1e-5, rtol=0)
     assert abs(expected - np.concatenate([p.ravel() for p in start])).max() > 0.01
     assert history["loss"][0] == pytest.approx(reference.loss_, rel=1e-6)
+
+
+# --- against PyTorch -------------------------------------------------------------------------
+
+RATES = {
+    "descent": (GradientDescent(0.05), "SGD", {"lr": 0.05}),
+    "momentum": (GradientDescent(0.05, momentum=0.9), "SGD", {"lr": 0.05, "momentum": 0.9}),
+    "Adam": (Adam(0.01), "Adam", {"lr": 0.01}),
+    "decay": (
+        GradientDescent(0.05, momentum=0.9, weight_decay=0.1),
+        "SGD",
+        {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1},
+    ),
+    "AdamW": (Adam(0.01, weight_decay=0.1), "AdamW", {"lr": 0.01, "weight_decay": 0.1}),
+}
+
+
+def torch_layers(torch, model):
+    """The same layers in PyTorch, and groups of weights, which decay, and biases."""
+    layers = []
+    for weight, bias in model.layers:
+        W, b = (torch.tensor(gpuml.to_host(model.parameters[name])) for name in (weight, bias))
+        layer = torch.nn.Linear(*W.shape, dtype=W.dtype)
+        layer.weight, layer.bias = torch.nn.Parameter(W.T.clone()), torch.nn.Parameter(b[0].clone())
+        layers += [layer, torch.nn.ReLU()]
+    network = torch.nn.Sequential(*layers[:-1])
+    named = list(network.named_parameters())
+    groups = [{"params": [p for name, p in named if name.endswith("weight")]}]
+    return network, [*groups, {"params": [p for n, p in named if n.endswith("bias")]}]
+
+
+@pytest.mark.parametrize("case", RATES)
+@pytest.mark.parametrize("task", ["classes", "numbers"])
+def test_epochs_are_those_of_pytorch(device, rng, case, task):
+    torch = pytest.importorskip("torch")
+    X = rng.normal(size=(205, 6))
+    y = rng.integers(3, size=205) if task == "classes" else rng.normal(size=(205, 3))
+    model = MLP([6, 8, 5, 3], dtype=np.float64, device=device)
+    optimizer, name, options = RATES[case]
+    network, groups = torch_layers(torch, model)
+    groups[1]["weight_decay"] = 0.0
+    theirs = getattr(torch.optim, name)(groups, **options)
+    measure = torch.nn.CrossEntropyLoss() if task == "classes" else torch.nn.MSELoss()
+    generator, losses = np.random.default_rng(4), []
+    for _ in range(3):
+        order, total = generator.permutation(205), 0.0
+        for start in range(0, 205, 20):
+            rows = order[start : start + 20]
+            value = measure(network(torch.tensor(X[rows])), torch.tensor(y[rows]))
+            theirs.zero_grad()
+            value.backward()
+            theirs.step()
+            total += float(value.detach()) * len(rows)
+        losses.append(total / 205)
+    history = gpuml.train(model, X, y, optimizer=optimizer, n_epochs=3, batch_size=20, seed=4)
+    assert history["loss"] == pytest.approx(losses, rel=1e-9)
+    parts = [p.detach().numpy().T.ravel() for p in network.parameters()]
+    np.testing.assert_allclose(
+        gpuml.to_host(model.parameters.flat), np.concatenate(parts), rtol=1e-7, atol=1e-9
+    )
 
 
 # --- validation, patience, divergence --------------------------------------------------------
