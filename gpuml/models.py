@@ -361,7 +361,9 @@ class MLP(Model):
         Returns
         -------
         MLP
-            On the same device, of the same type; its hidden layers are copies.
+            On the same device, of the same type; its hidden layers are copies. Its
+            `preprocessing` is None, since the answers are others; the features are to be
+            prepared as before, by ``model.preprocessing.features(X)``.
 
         Examples
         --------

@@ -542,7 +542,8 @@ def predict(model: Model, X: Array) -> Array:
     Returns
     -------
     array of shape (n_samples, n_outputs)
-        Where `X` lives.
+        Where `X` lives. Logits for classes: ``model.preprocessing.answers(outputs)`` gives
+        names of classes back, and numbers in their own unit.
     """
     device, home = model.device, device_of(X)
     _check_numbers("X", X)
