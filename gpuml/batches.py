@@ -7,6 +7,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -299,7 +300,10 @@ class StreamedBatches:
             for _ in range(CHUNKS)
         )
         coming: deque[tuple[_Place, Chunk, list[Any], int]] = deque()
-        with Stager(self._device, max(1, cpu_count() * 3 // 4), Trace.none()) as stager:
+        with (
+            self._waiting_for(coming),
+            Stager(self._device, max(1, cpu_count() * 3 // 4), Trace.none()) as stager,
+        ):
             more = True
             while more or coming:
                 while more and places:
@@ -323,6 +327,16 @@ class StreamedBatches:
                 yield x, y, chunk[1] if chunk[0] else None
                 place.used = compute.record()
                 places.append(place)
+
+    @staticmethod
+    @contextmanager
+    def _waiting_for(coming: deque[tuple[_Place, Chunk, list[Any], int]]) -> Iterator[None]:
+        """Wait at the end for chunks that nobody asked for: their memory is about to be reused."""
+        try:
+            yield
+        finally:
+            for place, *_ in coming:
+                place.stream.synchronize()
 
     def _load(self, place: _Place, chunk: Chunk, stager: Stager) -> tuple[list[Any], int]:
         """Begin to bring a chunk; return what to wait for, and its number of rows."""

@@ -267,6 +267,35 @@ def test_classes_are_streamed_too(device, rng, monkeypatch, mapped):
     assert measured[0] == pytest.approx(measured[1], rel=1e-6)
 
 
+def test_chunks_that_nobody_asked_for_have_arrived_when_their_memory_is_given_back(
+    device, monkeypatch
+):
+    """Pinned arrays are copied straight; such a copy would write into what comes next there."""
+    if device.kind == "cpu":
+        pytest.skip("needs a GPU")
+    import cupyx
+
+    X = cupyx.empty_pinned((2**20, 64), np.float32)
+    X[...] = 1
+    y = cupyx.empty_pinned((2**20, 1), np.float32)
+    y[...] = 2
+    places = []
+
+    class Noted(batches_module._Place):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            places.append(self)
+
+    monkeypatch.setattr(batches_module, "_Place", Noted)
+    source = StreamedBatches(X, y, 2**16, device, np.float32, np.float32, 200 * 2**20)
+    with device.use():
+        epoch = source.epoch(None)
+        next(epoch)
+        epoch.close()
+        assert len(places) == batches_module.CHUNKS
+        assert all(place.stream.done for place in places)
+
+
 # --- sources of batches ----------------------------------------------------------------------
 
 
