@@ -13,6 +13,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from gpuml.devices import Array, Device, cpu_count, device_of
+from gpuml.errors import DataError
 from gpuml.memory_maps import drop_pages, mapped_file, read_ahead
 from gpuml.staging import Stager, Trace
 
@@ -192,6 +193,14 @@ class StreamedBatches:
         What a chunk is converted to on the way.
     memory_limit : int, optional
         Bytes for the chunks under way together.
+    smaller : bool
+        Whether batches may be smaller if so many rows do not fit, as they may where nothing is
+        learned from them.
+
+    Raises
+    ------
+    DataError
+        If a batch does not fit.
 
     Attributes
     ----------
@@ -210,12 +219,12 @@ class StreamedBatches:
         x_dtype: Any,
         y_dtype: Any,
         memory_limit: int | None = None,
+        *,
+        smaller: bool = False,
     ) -> None:
         self._X, self._y, self._device = X, y, device
         self._types = np.dtype(x_dtype), np.dtype(y_dtype)
         self._widths = tuple(math.prod(a.shape[1:]) for a in (X, y))
-        self.n_samples, self.batch_size = len(X), batch_size
-        self.n_steps = -(-len(X) // batch_size)
         self._row_bytes = sum(
             width * dtype.itemsize for width, dtype in zip(self._widths, self._types, strict=True)
         )
@@ -225,9 +234,20 @@ class StreamedBatches:
         limit = min(
             MAPPED_CHUNK_BYTES if mapped else CHUNK_BYTES, (memory_limit or 2**62) // needed
         )
+        most = (memory_limit or 2**62) // needed // self._row_bytes
+        if smaller:
+            batch_size = max(1, min(batch_size, most))
         rows = max(1, limit // self._row_bytes)
         if batch_size < len(X):  # batches do not straddle chunks
+            if batch_size > most:
+                lower = f", or lower batch_size to {most}" if most else ""
+                raise DataError(
+                    f"a memory_limit of {memory_limit:,} bytes is too small: {needed} batches "
+                    f"under way take {needed * batch_size * self._row_bytes:,}. Raise it{lower}"
+                )
             rows = max(1, rows // batch_size) * batch_size
+        self.n_samples, self.batch_size = len(X), batch_size
+        self.n_steps = -(-len(X) // batch_size)
         self.chunk_rows = min(rows, len(X))
         self.memory = needed * self.chunk_rows * self._row_bytes
 

@@ -135,8 +135,8 @@ def train(
     checkpoint_every : int or str
         Epochs between two writes, or a time: ``"10 min"``.
     memory_limit : int or str, optional
-        Device memory for data, such as ``"2 GiB"``; half of what is free unless given. What is
-        larger is streamed.
+        Device memory for data, such as ``"2 GiB"``, shared with the validation data; half of
+        what is free unless given. What is larger is streamed.
     engine : {"eager", "one_pass", "gram"}, optional
         How a step runs; the best that can hold it unless given. ``"one_pass"`` reads the batch
         of a linear model once. ``"gram"``, never chosen by itself, takes full-batch least
@@ -183,12 +183,14 @@ def train(
             raise ValueError("patience needs validation_data to watch")
     optimizer = get_optimizer(optimizer)
     limit = None if memory_limit is None else parse_size(memory_limit)
+    if limit is not None and validation_data is not None:
+        limit = max(1, limit // 2)  # for each of the two
     with model.device.use():
         loss = get_loss(loss or _usual_loss(X, y))
         data = _source(model, X, y, loss, batch_size, limit)
         held_out = None
         if validation_data is not None:
-            held_out = _source(model, *validation_data, loss, EVALUATED_ROWS, limit)
+            held_out = _source(model, *validation_data, loss, EVALUATED_ROWS, limit, smaller=True)
         step = make_step(model, loss, optimizer, data, engine)
         history = History(
             device=str(model.device),
@@ -525,7 +527,7 @@ def evaluate(
     """
     with model.device.use():
         loss = get_loss(loss or _usual_loss(X, y))
-        data = _source(model, X, y, loss, EVALUATED_ROWS, None)
+        data = _source(model, X, y, loss, EVALUATED_ROWS, None, smaller=True)
         with blas_threads(_largest_product(model, data.batch_size)):
             return _evaluate(model, data, loss)
 
@@ -802,7 +804,14 @@ def _largest_product(model: Model, batch_size: int) -> float:
 
 
 def _source(
-    model: Model, X: Any, y: Any, loss: Loss, batch_size: int | None, limit: int | None
+    model: Model,
+    X: Any,
+    y: Any,
+    loss: Loss,
+    batch_size: int | None,
+    limit: int | None,
+    *,
+    smaller: bool = False,
 ) -> Batches:
     """Return data as batches on the model's device: copied there once, or streamed."""
     device = model.device
@@ -826,7 +835,8 @@ def _source(
             limit = limit or int(DATA_SHARE * (device.memory()[0] or 2**62))
             stream = needed > limit
         if stream:
-            return StreamedBatches(X, y, batch_size, device, model.dtype, dtype, limit)
+            types = model.dtype, dtype
+            return StreamedBatches(X, y, batch_size, device, *types, limit, smaller=smaller)
     with np.errstate(over="ignore"):  # DivergenceError will name the number
         return ArrayBatches(device.asarray(X, model.dtype), device.asarray(y, dtype), batch_size)
 

@@ -149,7 +149,10 @@ def test_a_limit_bounds_what_is_under_way(device):
         source = streamed(X, y, 8, device, limit=limit)
         assert source.memory <= limit
         assert source.chunk_rows % 8 == 0 or source.chunk_rows == 100_000
-    assert streamed(X, y, 8, device, limit=1).chunk_rows == 8, "a batch at least"
+    assert streamed(X, y, 8, device, limit=3 * 8 * 16).chunk_rows == 8
+    for limit in (1, 3 * 8 * 16 - 1):
+        with pytest.raises(gpuml.DataError, match=r"is too small: 3 batches under way take 384\."):
+            streamed(X, y, 8, device, limit=limit)
 
 
 def test_types_are_converted_on_the_way(device, mapped):
@@ -265,6 +268,34 @@ def test_classes_are_streamed_too(device, rng, monkeypatch, mapped):
         gpuml.evaluate(models[0], a, b) for a, b in ((X, y), (mapped("X", X), mapped("y", y)))
     ]
     assert measured[0] == pytest.approx(measured[1], rel=1e-6)
+
+
+def test_validation_data_share_the_memory_limit(rng, mapped, monkeypatch):
+    X, y = mapped("X", rng.normal(size=(20_000, 8)).astype(np.float32)), np.zeros(20_000)
+    made, real = [], StreamedBatches.__init__
+
+    def noted(self, *arguments, **options):
+        real(self, *arguments, **options)
+        made.append(self.memory)
+
+    monkeypatch.setattr(StreamedBatches, "__init__", noted)
+    model = Linear(8, 1, device="cpu")
+    options = {"validation_data": (X, y), "n_epochs": 1, "memory_limit": "256 KiB"}
+    history = gpuml.train(model, X, y, **options)
+    assert len(made) == 2
+    assert sum(made) <= 256 * 2**10
+    measured = gpuml.evaluate(model, np.array(X), y)["loss"]
+    assert history["validation_loss"][0] == pytest.approx(measured, rel=1e-5)
+
+
+def test_a_batch_larger_than_the_memory_limit_is_refused(rng, mapped):
+    X, y = mapped("X", rng.normal(size=(20_000, 8)).astype(np.float32)), np.zeros(20_000)
+    options = {"n_epochs": 1, "memory_limit": "256 KiB"}
+    model = Linear(8, 1, device="cpu")
+    with pytest.raises(gpuml.DataError, match=r"too small: 6 batches .* lower batch_size to 1213"):
+        gpuml.train(model, X, y, batch_size=1214, **options)
+    gpuml.train(model, X, y, batch_size=1213, **options)
+    gpuml.train(model, X, y, batch_size=None, **options)  # a full batch comes in parts
 
 
 def test_chunks_that_nobody_asked_for_have_arrived_when_their_memory_is_given_back(
