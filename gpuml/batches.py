@@ -7,11 +7,13 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
 from gpuml.devices import Array, Device, cpu_count, device_of
+from gpuml.errors import DataError
 from gpuml.memory_maps import drop_pages, mapped_file, read_ahead
 from gpuml.staging import Stager, Trace, copy_threads
 
@@ -136,7 +138,7 @@ class GivenBatches:
     TypeError
         If it cannot be iterated over more than once.
     ValueError
-        If it is empty, or yields something else than pairs.
+        If it is empty, yields something else than pairs, or not as many each time.
     """
 
     streamed = False
@@ -148,13 +150,26 @@ class GivenBatches:
                 "object whose __iter__ begins anew"
             )
         self._source, self._convert = source, convert
-        sizes = [len(x) for x, _ in self.epoch(None)]
+        sizes = [len(x) for x, _ in self._pairs()]
         if not sizes:
             raise ValueError("the source of batches is empty")
         self.n_samples, self.batch_size, self.n_steps = sum(sizes), max(sizes), len(sizes)
 
     def epoch(self, generator: np.random.Generator | None) -> Iterator[Batch]:
         """Yield (x, y) of one epoch, in the source's order."""
+        pairs, n = self._pairs(), 0
+        for pair in itertools.islice(pairs, self.n_steps):
+            yield pair
+            del pair  # before the next is brought
+            n += 1
+        if n < self.n_steps or next(pairs, None) is not None:
+            found = n if n < self.n_steps else "more"
+            raise ValueError(
+                f"the source of batches yielded {self.n_steps} the first time, and now {found}: "
+                "it must yield as many each time"
+            )
+
+    def _pairs(self) -> Iterator[Batch]:
         for pair in self._source:
             if not isinstance(pair, tuple | list) or len(pair) != 2:
                 raise ValueError("the source of batches must yield pairs (x, y)")
@@ -178,6 +193,14 @@ class StreamedBatches:
         What a chunk is converted to on the way.
     memory_limit : int, optional
         Bytes for the chunks under way together.
+    smaller : bool
+        Whether batches may be smaller if so many rows do not fit, as they may where nothing is
+        learned from them.
+
+    Raises
+    ------
+    DataError
+        If a batch does not fit.
 
     Attributes
     ----------
@@ -196,12 +219,12 @@ class StreamedBatches:
         x_dtype: Any,
         y_dtype: Any,
         memory_limit: int | None = None,
+        *,
+        smaller: bool = False,
     ) -> None:
         self._X, self._y, self._device = X, y, device
         self._types = np.dtype(x_dtype), np.dtype(y_dtype)
         self._widths = tuple(math.prod(a.shape[1:]) for a in (X, y))
-        self.n_samples, self.batch_size = len(X), batch_size
-        self.n_steps = -(-len(X) // batch_size)
         self._row_bytes = sum(
             width * dtype.itemsize for width, dtype in zip(self._widths, self._types, strict=True)
         )
@@ -211,9 +234,20 @@ class StreamedBatches:
         limit = min(
             MAPPED_CHUNK_BYTES if mapped else CHUNK_BYTES, (memory_limit or 2**62) // needed
         )
+        most = (memory_limit or 2**62) // needed // self._row_bytes
+        if smaller:
+            batch_size = max(1, min(batch_size, most))
         rows = max(1, limit // self._row_bytes)
         if batch_size < len(X):  # batches do not straddle chunks
+            if batch_size > most:
+                lower = f", or lower batch_size to {most}" if most else ""
+                raise DataError(
+                    f"a memory_limit of {memory_limit:,} bytes is too small: {needed} batches "
+                    f"under way take {needed * batch_size * self._row_bytes:,}. Raise it{lower}"
+                )
             rows = max(1, rows // batch_size) * batch_size
+        self.n_samples, self.batch_size = len(X), batch_size
+        self.n_steps = -(-len(X) // batch_size)
         self.chunk_rows = min(rows, len(X))
         self.memory = needed * self.chunk_rows * self._row_bytes
 
@@ -286,7 +320,10 @@ class StreamedBatches:
             for _ in range(CHUNKS)
         )
         coming: deque[tuple[_Place, Chunk, list[Any], int]] = deque()
-        with Stager(self._device, copy_threads(), Trace.none()) as stager:
+        with (
+            self._waiting_for(coming),
+            Stager(self._device, copy_threads(), Trace.none()) as stager,
+        ):
             more = True
             while more or coming:
                 while more and places:
@@ -310,6 +347,16 @@ class StreamedBatches:
                 yield x, y, chunk[1] if chunk[0] else None
                 place.used = compute.record()
                 places.append(place)
+
+    @staticmethod
+    @contextmanager
+    def _waiting_for(coming: deque[tuple[_Place, Chunk, list[Any], int]]) -> Iterator[None]:
+        """Wait at the end for chunks that nobody asked for: their memory is about to be reused."""
+        try:
+            yield
+        finally:
+            for place, *_ in coming:
+                place.stream.synchronize()
 
     def _load(self, place: _Place, chunk: Chunk, stager: Stager) -> tuple[list[Any], int]:
         """Begin to bring a chunk; return what to wait for, and its number of rows."""

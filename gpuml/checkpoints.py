@@ -82,9 +82,16 @@ def save_checkpoint(
     for leftover in _leftovers(Path(path)):
         with suppress(OSError):
             leftover.unlink()
-    with replacing(path) as temporary:
-        # not save_file, which leaves a file of a name of its own when killed
-        temporary.write_bytes(save(kept, {KEY: json.dumps(description)}))
+    try:
+        with replacing(path) as temporary:
+            # not save_file, which leaves a file of a name of its own when killed
+            temporary.write_bytes(save(kept, {KEY: json.dumps(description)}))
+    except OSError as error:  # such as a full disk
+        if error.errno is None:  # it names the file already
+            raise
+        left = "the older one is kept" if Path(path).exists() else "there is none"
+        message = f"cannot write the checkpoint: {error.strerror}; {left}"
+        raise OSError(error.errno, message, str(path)) from None
 
 
 def load_checkpoint(

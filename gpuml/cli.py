@@ -650,6 +650,7 @@ def _report(
     lines = {
         "device": history.device,
         "data": f"{data.name}: {rows}, {features}, {what}",
+        **_constant(model.preprocessing),
         "model": repr(model),
         "training": f"{epochs} in batches of {batch}, {options.optimizer}",
         "held out": f"{n_test}: {_quality(model, history, *held_out)}",
@@ -657,6 +658,15 @@ def _report(
         "results": f"{folder}{os.sep} with {', '.join(RESULTS)}",
     }
     return "\n".join(f"{name:<9} {text}" for name, text in lines.items())
+
+
+def _constant(preprocessing: Preprocessing | None) -> dict[str, str]:
+    """Say which features do not vary, if there are any."""
+    names = preprocessing.constant_names if preprocessing else ()
+    if not names:
+        return {}
+    shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+    return {"constant": f"{_count(len(names), 'feature')}, kept as zeros: {shown}"}
 
 
 def _quality(model: Model, history: History, X_test: HostArray, y_test: HostArray) -> str:

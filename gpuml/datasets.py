@@ -10,13 +10,14 @@ import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from gpuml.devices import device_of
 from gpuml.errors import DataError, unknown_name
 
 HostArray: TypeAlias = np.ndarray[Any, Any]
@@ -67,7 +68,7 @@ class Dataset:
         return "classification" if few and _are_whole(values) else "regression"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Preprocessing:
     """From a raw table to a model's numbers, and from its outputs back to answers.
 
@@ -83,6 +84,9 @@ class Preprocessing:
         Empty for classification.
     feature_names : tuple of str
     target_name : str
+    constant_features : tuple of int
+        The columns, counted from 0, that did not vary in the training data. They are kept, as
+        zeros, and printed.
     """
 
     mean: HostArray
@@ -92,6 +96,7 @@ class Preprocessing:
     target_scale: HostArray = field(default_factory=lambda: np.empty(0))
     feature_names: tuple[str, ...] = ()
     target_name: str = ""
+    constant_features: tuple[int, ...] = ()
 
     @classmethod
     def fit(
@@ -120,25 +125,38 @@ class Preprocessing:
         Returns
         -------
         Preprocessing
+            It prints which features are constant.
+
+        Raises
+        ------
+        DataError
+            If features, or numbers to be predicted, are no numbers or not finite, or a class is
+            missing; the message says where.
+        TypeError
+            If `X` is no array in host memory.
+        ValueError
+            If shapes do not fit, or there is no such task.
         """
+        if task not in ("classification", "regression"):
+            raise ValueError(unknown_name("task", task, ("classification", "regression")))
+        _check_numbers("the features", X)
+        y = np.asarray(y)
+        if len(X) != len(y):
+            raise ValueError(f"X has {len(X)} rows, y has {len(y)}: they must agree")
         mean, scale = _mean_and_scale("the features", X, same_unit=same_unit)
-        if task == "classification":
-            return cls(
-                mean,
-                scale,
-                classes=tuple(_without_points(np.unique(y)).tolist()),
-                feature_names=feature_names,
-                target_name=target_name,
-            )
-        target_mean, target_scale = _mean_and_scale("the target", y.reshape(len(y), -1))
-        return cls(
+        fitted = cls(
             mean,
             scale,
-            target_mean=target_mean,
-            target_scale=target_scale,
             feature_names=feature_names,
             target_name=target_name,
+            constant_features=tuple(np.flatnonzero(~_varies(X)).tolist()),
         )
+        if task == "classification":
+            return replace(fitted, classes=_classes(y))
+        table = y.reshape(len(y), -1)
+        _check_numbers("the target", table)
+        target_mean, target_scale = _mean_and_scale("the target", table)
+        return replace(fitted, target_mean=target_mean, target_scale=target_scale)
 
     @property
     def task(self) -> Task:
@@ -156,8 +174,18 @@ class Preprocessing:
         Raises
         ------
         DataError
-            If a number is so far from the training data that float32 cannot hold it.
+            If a number is not finite, or so far from the training data that float32 cannot hold
+            it.
+        TypeError
+            If `X` is no array in host memory.
+        ValueError
+            If it has other columns than the training data.
         """
+        _check_numbers("the features", X)
+        if X.shape[1] != len(self.mean):
+            raise ValueError(
+                f"X has shape {X.shape}, the training data had {len(self.mean)} features"
+            )
         return _standardised("the features", X, self.mean, self.scale)
 
     def targets(self, y: HostArray) -> HostArray:
@@ -168,9 +196,16 @@ class Preprocessing:
         DataError
             If a class is not among those of the training data, or a number too far from them.
         """
+        y = np.asarray(y)
         if not self.classes:
             table = y.reshape(len(y), -1)
+            _check_numbers("the target", table)
+            if table.shape[1] != len(self.target_mean):
+                raise ValueError(
+                    f"y has shape {y.shape}, the training data had {len(self.target_mean)} outputs"
+                )
             return _standardised("the target", table, self.target_mean, self.target_scale)
+        _check_classes(y)
         classes = np.array(self.classes)
         labels: HostArray = np.searchsorted(classes, y).clip(max=len(classes) - 1)
         unknown = classes[labels] != y
@@ -188,7 +223,17 @@ class Preprocessing:
         Returns
         -------
         numpy.ndarray of shape (n_samples,) or (n_samples, n_outputs)
+
+        Raises
+        ------
+        ValueError
+            If there are more or fewer outputs than answers.
         """
+        if outputs.ndim != 2 or outputs.shape[1] != self.n_outputs:
+            what = "classes" if self.classes else "numbers to be predicted"
+            raise ValueError(
+                f"outputs have shape {outputs.shape}, the training data had {self.n_outputs} {what}"
+            )
         if self.classes:
             classes: HostArray = np.array(self.classes)[outputs.argmax(axis=-1)]
             return classes
@@ -204,6 +249,7 @@ class Preprocessing:
             "classes": list(self.classes),
             "feature_names": list(self.feature_names),
             "target_name": self.target_name,
+            "constant_features": list(self.constant_features),
         }
         return arrays, options
 
@@ -227,12 +273,33 @@ class Preprocessing:
             raise ValueError("the names of the columns must be text")
         if len(feature_names) not in (0, len(arrays["mean"])):
             raise ValueError(f"{len(arrays['mean'])} features have {len(feature_names)} names")
+        constant = tuple(options.get("constant_features", ()))
+        if not all(type(c) is int and 0 <= c < len(arrays["mean"]) for c in constant):
+            raise ValueError("the constant features must be numbers of columns")
         return cls(
             **arrays,
             classes=classes,
             feature_names=feature_names,
             target_name=options["target_name"],
+            constant_features=constant,
         )
+
+    @property
+    def constant_names(self) -> tuple[str, ...]:
+        """The constant features' names, or their numbers, counted from 0."""
+        return tuple(
+            self.feature_names[i] if self.feature_names else str(i) for i in self.constant_features
+        )
+
+    def __repr__(self) -> str:
+        n = len(self.classes)
+        what = f"classes: {_listed(list(map(str, self.classes)))}" if n else f"{self.task}"
+        constant = ""
+        if self.constant_features:
+            count, names = len(self.constant_features), _listed(self.constant_names)
+            constant = f", {count} of them constant and kept as zeros: {names}"
+        features = f"{len(self.mean)} feature{'s' * (len(self.mean) != 1)}"
+        return f"Preprocessing({features}{constant}; {what})"
 
 
 def load_dataset(
@@ -353,7 +420,8 @@ def _mean_and_scale(
             f"{what}: column {column} (counted from 0) has numbers up to {largest:g}, too large "
             "to standardise: give it in a larger unit"
         )
-    scale = np.where(table.max(axis=0) > table.min(axis=0), scale, 0.0)  # despite rounding
+    varies = _varies(table)  # rounding may leave a constant column a spread, and another mean
+    mean, scale = np.where(varies, mean, table[0]), np.where(varies, scale, 0.0)
     if same_unit:
         scale = np.full_like(scale, np.sqrt(np.square(scale).mean()))
     return mean, np.where(scale > 0, scale, 1.0)
@@ -372,6 +440,58 @@ def _standardised(what: str, table: HostArray, mean: HostArray, scale: HostArray
             f"of {scale[column]:g}"
         )
     return numbers
+
+
+def _varies(table: HostArray) -> HostArray:
+    """Return of each column whether it is not constant."""
+    varies: HostArray = table.max(axis=0) > table.min(axis=0)
+    return varies
+
+
+def _check_numbers(what: str, table: HostArray) -> None:
+    """Refuse a table that cannot be standardised, and say where."""
+    if device_of(table).kind == "gpu":
+        raise TypeError(f"{what} are on a GPU: preprocess on the host, gpuml.to_host(a)")
+    if table.ndim != 2 or 0 in table.shape:
+        raise ValueError(
+            f"{what}: shape {table.shape}, expected (n_samples, n_features), not empty"
+        )
+    if table.dtype.kind not in "biuf":
+        raise DataError(
+            f"{what} are of type {table.dtype}, not numbers: a.astype(float) if they are"
+        )
+    bad = np.argwhere(~np.isfinite(table))
+    if len(bad):
+        row, column = bad[0]
+        raise DataError(
+            f"{what}: row {row}, column {column} (counted from 0) is {table[row, column]:g}, not "
+            "finite: remove the row, or fill in a number"
+        )
+
+
+def _check_classes(y: HostArray) -> None:
+    """Refuse what cannot be classes, and say where one is missing."""
+    if y.ndim != 1 or not len(y):
+        raise ValueError(f"y has shape {y.shape}, expected a class for each sample, (n_samples,)")
+    missing = y != y  # as NaN alone is
+    if y.dtype == object:  # as of pandas
+        missing = np.array([c is None or c != c for c in y])
+    if missing.any():
+        row = int(missing.argmax())
+        raise DataError(
+            f"the class in row {row} (counted from 0) is missing ({y[row]}): remove the row, or "
+            "give a name to such rows"
+        )
+
+
+def _classes(y: HostArray) -> tuple[Any, ...]:
+    """Return the different classes, sorted."""
+    _check_classes(y)
+    try:
+        different = np.unique(y)
+    except TypeError:  # they cannot be compared
+        raise DataError("the classes must be all text or all numbers") from None
+    return tuple(_without_points(different).tolist())
 
 
 def _check_scales(mean: HostArray, scale: HostArray) -> None:

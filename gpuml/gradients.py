@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from gpuml.devices import CPU, Array, array_module, device_of
-from gpuml.losses import Loss, get_loss, mean_squared_error
+from gpuml.losses import Loss, get_loss, mean_squared_error, softmax_cross_entropy
 from gpuml.models import Model, Parameters
 
 # Multiples of the step that are tried in turn. Smaller ones get away from a kink, and where the
@@ -127,9 +127,10 @@ def gradient_check(
     Raises
     ------
     TypeError
-        If `X` lives on a GPU and the model elsewhere.
+        If `X` lives on a GPU and the model elsewhere, or something is not numbers.
     ValueError
-        If the loss is not finite, or a setting is out of range.
+        If shapes do not fit, labels are not classes of the model, the loss is not finite, or a
+        setting is out of range.
 
     Notes
     -----
@@ -333,9 +334,24 @@ def _prepared(
             f"the model is on {device.kind}, X and y are on gpu:{data_device.index}: "
             f'model.to("gpu:{data_device.index}") moves the model'
         )
+    if X.ndim != 2 or 0 in X.shape or len(X) != len(y):
+        raise ValueError(
+            f"X has shape {X.shape}, y {y.shape}: expected (n_samples, n_features), not empty, and "
+            "as many in y"
+        )
+    for name, a in (("X", X), ("y", y)):
+        if a.dtype.kind not in "biuf":
+            raise TypeError(f"{name} must hold real numbers, got {a.dtype}")
     whole = y.dtype.kind in "iu"
     loss = get_loss(loss or ("cross_entropy" if whole and y.ndim == 1 else mean_squared_error))
     x = device.asarray(X, np.float64)
+    if loss is softmax_cross_entropy and whole:
+        n_classes = model(device.asarray(X[:1], model.dtype)).shape[-1]
+        if y.min() < 0 or y.max() >= n_classes:
+            raise ValueError(
+                f"labels must be from 0 to {n_classes - 1}, one for each of the model's outputs, "
+                f"got {int(y.min())} to {int(y.max())}"
+            )
     if whole and loss is not mean_squared_error:
         return x, device.asarray(y, np.int64), loss
     targets = device.asarray(y, np.float64)

@@ -286,6 +286,8 @@ def compare_histories(histories: Mapping[str, History], column: str = "loss") ->
 
     Raises
     ------
+    TypeError
+        If they have no names.
     ValueError
         If there are no runs, or one of them has no number in that column.
 
@@ -302,6 +304,10 @@ def compare_histories(histories: Mapping[str, History], column: str = "loss") ->
     slow       2     0.5        0.5         2        1
     fast       2  0.0625     0.0625         2        1
     """
+    if not isinstance(histories, Mapping):
+        raise TypeError(
+            f'give the histories by name, {{"a name": history, …}}, got {type(histories).__name__}'
+        )
     if not histories:
         raise ValueError('no histories to compare: give {"a name": history, …}')
     for name, history in histories.items():

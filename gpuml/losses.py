@@ -134,9 +134,16 @@ def get_loss(loss: str | Loss) -> Loss:
     ------
     ValueError
         If there is no loss of that name; the message gives the nearest one.
+    TypeError
+        If it is neither a name nor callable.
     """
     if callable(loss):
         return loss
+    if not isinstance(loss, str):
+        raise TypeError(
+            "expected the name of a loss or a function (predictions, targets) -> "
+            f"(value, d_predictions), got {loss!r}"
+        )
     if loss not in LOSSES:
         raise ValueError(unknown_name("loss", loss, LOSSES))
     return LOSSES[loss]

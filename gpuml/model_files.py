@@ -16,6 +16,27 @@ import numpy as np
 from gpuml.errors import ModelFileError
 
 
+def check_place(path: Path) -> None:
+    """Refuse a path at which no file can be written.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+
+    Raises
+    ------
+    OSError
+        If there is no such folder, it may not be written to, or `path` is a folder, a device or
+        the like.
+    """
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
+    if path.exists() and not path.is_file():
+        raise FileExistsError(f"cannot write {path}: it is not a file")
+    if not os.access(path.parent, os.W_OK):
+        raise PermissionError(f"cannot write {path}: the folder {path.parent} is read-only for you")
+
+
 @contextmanager
 def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success sync that file and rename it to `path`.
@@ -35,13 +56,10 @@ def replacing(path: str | PathLike[str]) -> Iterator[Path]:
     Raises
     ------
     OSError
-        If there is no such folder, or `path` is a folder, a device or the like.
+        As :func:`check_place` says, or if the disk is full.
     """
     target = Path(path)
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {target}: there is no folder {target.parent}")
-    if target.exists() and not target.is_file():
-        raise FileExistsError(f"cannot write {target}: it is not a file")
+    check_place(target)
     handle, name = tempfile.mkstemp(
         dir=target.parent, prefix=f".{target.stem}-", suffix=target.suffix
     )

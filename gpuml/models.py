@@ -361,7 +361,9 @@ class MLP(Model):
         Returns
         -------
         MLP
-            On the same device, of the same type; its hidden layers are copies.
+            On the same device, of the same type; its hidden layers are copies. Its
+            `preprocessing` is None, since the answers are others; the features are to be
+            prepared as before, by ``model.preprocessing.features(X)``.
 
         Examples
         --------
@@ -406,6 +408,11 @@ def load_model(path: str | PathLike[str], *, device: Device | str | None = None)
         If it is damaged, truncated, or not a model of gpuml's; the message says which.
     """
     arrays, metadata = load_arrays(path)
+    if "gpuml_checkpoint" in metadata:
+        raise ModelFileError(
+            f"{path} is a checkpoint, from which gpuml.train(…, checkpoint=…) goes on, and no "
+            "model: model.save(path) writes one"
+        )
     if "gpuml" not in metadata:
         raise ModelFileError(f"{path} is a safetensors file, but gpuml did not write it")
     try:

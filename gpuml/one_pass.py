@@ -80,6 +80,7 @@ def gradient(
     X : array of shape (n, n_features)
         Rows contiguous.
     Y : array of shape (n, n_outputs)
+        Of the type of X, as the parameters are.
     parameters, gradients : Parameters
         ``weight`` and, if the model has one, ``bias``. `gradients` is overwritten.
     scale : float, optional
@@ -88,9 +89,12 @@ def gradient(
     Returns
     -------
     array of shape ()
-        The mean squared error before any step. It stays on the device. On a GPU the sums over
-        a thousand rows or so are in the type of X, and those of all parts in float64; the order
-        is fixed, so that the same data give the same bits.
+        The mean squared error before any step, of the type of X. It stays on the device. Sums
+        over some rows are in the type of X, and the sums of those in float64. On the CPU some
+        rows are a block that fits into the cache. On a GPU they are those of a group of threads;
+        there are 16 groups or more for each multiprocessor, so that of a million rows on an H200
+        a group has some 500. The order is fixed: the same data give the same bits on the same
+        device.
 
     Raises
     ------
@@ -110,20 +114,16 @@ def _on_host(
     parts = [slice(*edge) for edge in pairwise(edges)]
     with blas_threads(0):  # each thread of ours has one of the BLAS library's
         sums = list(_pool().map(lambda part: _part_on_host(X[part], Y[part], parameters), parts))
-    gradients.flat[...] = 0
-    loss = 0.0
-    for part_loss, part in sums:
-        loss += part_loss
-        gradients.flat += part.flat
-    gradients.flat *= 2 * scale
+    loss = sum(part_loss for part_loss, _ in sums)
+    gradients.flat[...] = 2 * scale * sum(part.flat for _, part in sums)
     return np.asarray(loss * scale, X.dtype)
 
 
 @np.errstate(all="ignore")  # in this thread; whoever called looks at the result
 def _part_on_host(X: Array, Y: Array, parameters: Parameters) -> tuple[float, Parameters]:
-    """Return the sum of squares over some rows, and half its gradient."""
+    """Return the sum of squares over some rows, and half its gradient, in float64."""
     weight, bias = parameters["weight"], parameters.get("bias")
-    sums = parameters.zeros_like()
+    sums = Parameters(np.zeros(parameters.flat.shape), parameters.shapes)
     rows = max(1, CACHED_BYTES // max(1, X.shape[1] * X.itemsize))
     product = np.empty_like(weight)
     residual = np.empty((min(rows, len(X)), Y.shape[1]), X.dtype)
@@ -157,6 +157,7 @@ def _on_gpu(
 
     n, n_features = X.shape
     n_outputs = Y.shape[1]
+    Y = cupy.ascontiguousarray(Y)  # the kernel counts on that; a column of a table is not
     vector = 16 // X.itemsize
     if X.data.ptr % 16 or n_features % vector:
         vector = 1

@@ -228,11 +228,16 @@ def get_optimizer(optimizer: str | Optimizer) -> Optimizer:
     ValueError
         If there is no optimizer of that name; the message gives the nearest one.
     TypeError
-        If it is a class instead of an optimizer.
+        If it is a class instead of an optimizer, or something else.
     """
     if isinstance(optimizer, type):
         raise TypeError(f"give an optimizer, not its class: {optimizer.__name__}()")
     if not isinstance(optimizer, str):
+        if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+            raise TypeError(
+                "expected the name of an optimizer, or an object with init and update such as "
+                f"gpuml.Adam(), got {optimizer!r}"
+            )
         return optimizer
     if optimizer not in OPTIMIZERS:
         raise ValueError(unknown_name("optimizer", optimizer, OPTIMIZERS))

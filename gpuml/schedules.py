@@ -225,6 +225,34 @@ def get_schedule(schedule: str | Schedule) -> Schedule:
     return schedule
 
 
+def factor_of(schedule: Schedule, epoch: int, n_epochs: int) -> float:
+    """Return a schedule's factor for an epoch, if it is one.
+
+    Parameters
+    ----------
+    schedule : callable
+        ``(epoch, n_epochs) -> factor``
+    epoch, n_epochs : int
+        Counted from 0; how many there are.
+
+    Raises
+    ------
+    ValueError
+        If it is no number, not finite, or negative: steps would lead uphill.
+    """
+    factor = schedule(epoch, n_epochs)
+    try:
+        number = float(factor)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not 0 <= number < math.inf:
+        raise ValueError(
+            f"the schedule gives {factor!r} for epoch {epoch} of {n_epochs} (counted from 0): "
+            "expected a number from 0 up, by which the learning rate is multiplied"
+        )
+    return number
+
+
 def _call(name: str) -> str:
     return f"gpuml.schedules.{name}({_EXAMPLES.get(name, '')})"
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from numbers import Real
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -28,10 +30,11 @@ from gpuml.errors import DataError, GpumlError
 from gpuml.history import History
 from gpuml.losses import Loss, get_loss, mean_squared_error, softmax_cross_entropy
 from gpuml.memory_maps import mapped_file
+from gpuml.model_files import check_place
 from gpuml.models import Linear, Model
 from gpuml.optimizers import GradientDescent, Optimizer, get_optimizer
 from gpuml.regression import largest_stable_learning_rate
-from gpuml.schedules import Schedule, get_schedule
+from gpuml.schedules import Schedule, factor_of, get_schedule
 from gpuml.staging import Trace
 from gpuml.steps import Engine, GramStep, Step, make_step, set_learning_rate
 
@@ -132,8 +135,8 @@ def train(
     checkpoint_every : int or str
         Epochs between two writes, or a time: ``"10 min"``.
     memory_limit : int or str, optional
-        Device memory for data, such as ``"2 GiB"``; half of what is free unless given. What is
-        larger is streamed.
+        Device memory for data, such as ``"2 GiB"``, shared with the validation data; half of
+        what is free unless given. What is larger is streamed.
     engine : {"eager", "one_pass", "gram"}, optional
         How a step runs; the best that can hold it unless given. ``"one_pass"`` reads the batch
         of a linear model once. ``"gram"``, never chosen by itself, takes full-batch least
@@ -168,10 +171,11 @@ def train(
     >>> len(history), history["loss"][-1] < history["loss"][0]
     (5, True)
     """
+    _check_model(model)
     n_epochs = _positive_integer("n_epochs", n_epochs)
     if batch_size is not None:
         batch_size = _positive_integer("batch_size", batch_size)
-    if validation_data is not None and len(validation_data) != 2:
+    if validation_data is not None and not _is_pair(validation_data):
         raise ValueError("validation_data must be a pair: (X, y)")
     if patience is not None:
         patience = _positive_integer("patience", patience)
@@ -179,12 +183,14 @@ def train(
             raise ValueError("patience needs validation_data to watch")
     optimizer = get_optimizer(optimizer)
     limit = None if memory_limit is None else parse_size(memory_limit)
+    if limit is not None and validation_data is not None:
+        limit = max(1, limit // 2)  # for each of the two
     with model.device.use():
         loss = get_loss(loss or _usual_loss(X, y))
         data = _source(model, X, y, loss, batch_size, limit)
         held_out = None
         if validation_data is not None:
-            held_out = _source(model, *validation_data, loss, EVALUATED_ROWS, limit)
+            held_out = _source(model, *validation_data, loss, EVALUATED_ROWS, limit, smaller=True)
         step = make_step(model, loss, optimizer, data, engine)
         history = History(
             device=str(model.device),
@@ -210,7 +216,7 @@ def train(
                 "schedule": _named(run.schedule),
                 "epochs of the schedule": n_epochs if run.schedule else None,
                 "patience": patience,
-                "data": _fingerprint(X, y),
+                "data": _fingerprint(X, y) or {"rows of the source": data.n_samples},
                 "validation data": None if held_out is None else _fingerprint(*validation_data),  # type: ignore[misc]
             }
             run.checkpoint = _Checkpoint(checkpoint, facts, checkpoint_every)
@@ -285,7 +291,7 @@ class _Run:
                 break
             row: dict[str, float] = {"epoch": epoch, "loss": math.nan}
             if self.schedule is not None and self.base_rate is not None:
-                factor = self.schedule(epoch - 1, n_epochs)
+                factor = factor_of(self.schedule, epoch - 1, n_epochs)
                 set_learning_rate(self.step, self.base_rate, factor)
                 row["learning_rate"] = float(self.base_rate) * factor
             self._one_epoch(bar)
@@ -434,6 +440,7 @@ class _Checkpoint:
     def __init__(self, path: str | PathLike[str], facts: dict[str, Any], every: int | str) -> None:
         self.path, self.facts = Path(path), facts
         self.epochs, self.seconds = _interval(every)
+        check_place(self.path)  # now rather than after hours
         self.written = time.monotonic()
 
     def load(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
@@ -520,7 +527,7 @@ def evaluate(
     """
     with model.device.use():
         loss = get_loss(loss or _usual_loss(X, y))
-        data = _source(model, X, y, loss, EVALUATED_ROWS, None)
+        data = _source(model, X, y, loss, EVALUATED_ROWS, None, smaller=True)
         with blas_threads(_largest_product(model, data.batch_size)):
             return _evaluate(model, data, loss)
 
@@ -537,9 +544,11 @@ def predict(model: Model, X: Array) -> Array:
     Returns
     -------
     array of shape (n_samples, n_outputs)
-        Where `X` lives.
+        Where `X` lives. Logits for classes: ``model.preprocessing.answers(outputs)`` gives
+        names of classes back, and numbers in their own unit.
     """
     device, home = model.device, device_of(X)
+    _check_numbers("X", X)
     if X.ndim != 2 or 0 in X.shape:
         raise ValueError(f"X has shape {X.shape}, expected (n_samples, n_features), not empty")
     with blas_threads(_largest_product(model, min(len(X), EVALUATED_ROWS))):
@@ -628,10 +637,9 @@ def _explain(
 ) -> str:
     """Say where a number stopped being finite, why, and what to do."""
     where = f"epoch {len(history) + 1}, step {error.step}: {error.what}"
-    for name, array in data.items():
-        place = _first_non_finite(array)
-        if place is not None:
-            return f"{where}, since row {place[0]}, column {place[1]} of {name} is not"
+    cause = _cause_in_data(data, model.dtype)
+    if cause:
+        return f"{where}, since {cause}"
     if error.what.startswith("the validation"):
         where += " on data that the model has not seen; some may be far from the training data"
     rate = getattr(optimizer, "learning_rate", None)
@@ -646,6 +654,10 @@ def _explain(
                 bias="bias" in model.parameters,
                 momentum=optimizer.momentum,  # type: ignore[attr-defined]
             )
+        decay = optimizer.weight_decay  # type: ignore[attr-defined]
+        if decay:  # adds to all curvatures but those along biases
+            reach = 2 * (1 + optimizer.momentum)  # type: ignore[attr-defined]
+            largest = reach / (reach / largest + decay)
         if rate is not None and rate > largest:
             cure = (
                 "with all samples at once the largest stable learning_rate is "
@@ -661,16 +673,35 @@ def _rounded_down(value: float) -> float:
     return math.floor(value / unit) * unit
 
 
-def _first_non_finite(array: Any) -> tuple[int, int] | None:
-    """Return row and column of the first number that is not finite, or None."""
-    if getattr(getattr(array, "dtype", None), "kind", "") not in ("f", "c"):
+def _cause_in_data(data: Mapping[str, Any], dtype: np.dtype[Any]) -> str:
+    """Return what is wrong with the data, such as ``"row 3, column 1 of X is not"``, or ""."""
+    pairs = data["X"] if data["y"] is None else ()  # a source of batches
+    in_batches = (
+        (f"{name} in batch {i} (counted from 0)", array)
+        for i, pair in enumerate(pairs)
+        for name, array in zip("xy", pair, strict=True)
+    )
+    for name, array in itertools.chain(data.items(), in_batches):
+        found = _first_non_finite(array, dtype)
+        if found is not None:
+            row, column, value = found
+            large = f": {value:g} is too large for {dtype}" if math.isfinite(value) else ""
+            return f"row {row}, column {column} of {name} is not{large}"
+    return ""
+
+
+def _first_non_finite(array: Any, dtype: np.dtype[Any]) -> tuple[int, int, float] | None:
+    """Return row, column and value of the first number that is not finite as `dtype`, or None."""
+    if getattr(getattr(array, "dtype", None), "kind", "") != "f":
         return None
     rows = max(1, GATHERED_BYTES // max(1, array[:1].nbytes))
     for first in range(0, len(array), rows):
-        finite = array_module(array).isfinite(array[first : first + rows])
+        part = array[first : first + rows]
+        with np.errstate(over="ignore"):
+            finite = array_module(array).isfinite(part.astype(dtype, copy=False))
         if not bool(finite.all()):
             row, column = divmod(int((~finite).argmax()), math.prod(array.shape[1:]))
-            return first + row, column
+            return first + row, column, float(part[row].reshape(-1)[column])
     return None
 
 
@@ -716,9 +747,25 @@ class _ProgressBar:
 
 def _positive_integer(name: str, value: Any) -> int:
     """Return a whole number of any type as an int, or say that it is none."""
-    if isinstance(value, bool) or value < 1 or value != int(value):
-        raise ValueError(f"{name} must be a positive integer, got {value}")
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not 1 <= value < math.inf or value != int(value):
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
     return int(value)
+
+
+def _check_model(model: Any) -> None:
+    """Refuse what is no model, such as its class, or the data in its place."""
+    if isinstance(model, type):
+        raise TypeError(f"give a model, not its class: {model.__name__}(…)")
+    if not isinstance(model, Model):
+        raise TypeError(
+            f"expected a model, got {type(model).__name__}: gpuml.train(model, X, y), with "
+            "gpuml.Linear, gpuml.MLP or a class of your own that derives from gpuml.Model"
+        )
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple | list) and len(value) == 2
 
 
 def _settings(optimizer: Optimizer) -> Any:
@@ -741,7 +788,7 @@ def _fingerprint(X: Any, y: Any) -> Any:
 def _usual_loss(X: Any, y: Any) -> str:
     if y is None:
         for pair in () if hasattr(X, "dtype") else X:
-            y = pair[1] if isinstance(pair, tuple | list) and len(pair) == 2 else None
+            y = pair[1] if _is_pair(pair) else None
             break
         if y is None:
             return "mean_squared_error"  # _source says what is wrong
@@ -757,7 +804,14 @@ def _largest_product(model: Model, batch_size: int) -> float:
 
 
 def _source(
-    model: Model, X: Any, y: Any, loss: Loss, batch_size: int | None, limit: int | None
+    model: Model,
+    X: Any,
+    y: Any,
+    loss: Loss,
+    batch_size: int | None,
+    limit: int | None,
+    *,
+    smaller: bool = False,
 ) -> Batches:
     """Return data as batches on the model's device: copied there once, or streamed."""
     device = model.device
@@ -781,8 +835,21 @@ def _source(
             limit = limit or int(DATA_SHARE * (device.memory()[0] or 2**62))
             stream = needed > limit
         if stream:
-            return StreamedBatches(X, y, batch_size, device, model.dtype, dtype, limit)
-    return ArrayBatches(device.asarray(X, model.dtype), device.asarray(y, dtype), batch_size)
+            types = model.dtype, dtype
+            return StreamedBatches(X, y, batch_size, device, *types, limit, smaller=smaller)
+    with np.errstate(over="ignore"):  # DivergenceError will name the number
+        return ArrayBatches(device.asarray(X, model.dtype), device.asarray(y, dtype), batch_size)
+
+
+def _check_numbers(name: str, a: Array) -> None:
+    """Refuse text, dates, complex numbers, and numbers that a mask hides."""
+    if a.dtype.kind not in "biuf" and a.dtype.name != "bfloat16":
+        raise TypeError(
+            f"{name} must hold real numbers, got {a.dtype}: {name}.astype(float) makes such of "
+            "text that holds numbers"
+        )
+    if isinstance(a, np.ma.MaskedArray) and np.ma.is_masked(a):
+        raise TypeError(f"{name} has masked numbers: leave these rows out, or fill them in")
 
 
 def _checked(model: Model, X: Array, y: Array, loss: Loss) -> tuple[Array, np.dtype[Any]]:
@@ -794,6 +861,7 @@ def _checked(model: Model, X: Array, y: Array, loss: Loss) -> tuple[Array, np.dt
             f"the model is on {device.kind}, X and y are on gpu:{data_device.index}: "
             f'model.to("gpu:{data_device.index}") moves the model'
         )
+    _check_numbers("X", X)
     if X.ndim != 2 or 0 in X.shape:
         raise ValueError(f"X has shape {X.shape}, expected (n_samples, n_features), not empty")
     if len(X) != len(y):
@@ -803,7 +871,9 @@ def _checked(model: Model, X: Array, y: Array, loss: Loss) -> tuple[Array, np.dt
             "y has names: gpuml.Preprocessing.fit(X, y, ...) numbers classes, and its answers() "
             "turns a model's outputs into names again"
         )
-    n_outputs = model(device.asarray(X[:1], model.dtype)).shape[-1]
+    _check_numbers("y", y)
+    with np.errstate(all="ignore"):  # training will name numbers that are too large
+        n_outputs = model(device.asarray(X[:1], model.dtype)).shape[-1]
     if loss is softmax_cross_entropy:
         if y.dtype.kind not in "iu" or y.ndim != 1:
             raise ValueError(

@@ -149,7 +149,10 @@ def test_a_limit_bounds_what_is_under_way(device):
         source = streamed(X, y, 8, device, limit=limit)
         assert source.memory <= limit
         assert source.chunk_rows % 8 == 0 or source.chunk_rows == 100_000
-    assert streamed(X, y, 8, device, limit=1).chunk_rows == 8, "a batch at least"
+    assert streamed(X, y, 8, device, limit=3 * 8 * 16).chunk_rows == 8
+    for limit in (1, 3 * 8 * 16 - 1):
+        with pytest.raises(gpuml.DataError, match=r"is too small: 3 batches under way take 384\."):
+            streamed(X, y, 8, device, limit=limit)
 
 
 def test_types_are_converted_on_the_way(device, mapped):
@@ -267,6 +270,63 @@ def test_classes_are_streamed_too(device, rng, monkeypatch, mapped):
     assert measured[0] == pytest.approx(measured[1], rel=1e-6)
 
 
+def test_validation_data_share_the_memory_limit(rng, mapped, monkeypatch):
+    X, y = mapped("X", rng.normal(size=(20_000, 8)).astype(np.float32)), np.zeros(20_000)
+    made, real = [], StreamedBatches.__init__
+
+    def noted(self, *arguments, **options):
+        real(self, *arguments, **options)
+        made.append(self.memory)
+
+    monkeypatch.setattr(StreamedBatches, "__init__", noted)
+    model = Linear(8, 1, device="cpu")
+    options = {"validation_data": (X, y), "n_epochs": 1, "memory_limit": "256 KiB"}
+    history = gpuml.train(model, X, y, **options)
+    assert len(made) == 2
+    assert sum(made) <= 256 * 2**10
+    measured = gpuml.evaluate(model, np.array(X), y)["loss"]
+    assert history["validation_loss"][0] == pytest.approx(measured, rel=1e-5)
+
+
+def test_a_batch_larger_than_the_memory_limit_is_refused(rng, mapped):
+    X, y = mapped("X", rng.normal(size=(20_000, 8)).astype(np.float32)), np.zeros(20_000)
+    options = {"n_epochs": 1, "memory_limit": "256 KiB"}
+    model = Linear(8, 1, device="cpu")
+    with pytest.raises(gpuml.DataError, match=r"too small: 6 batches .* lower batch_size to 1213"):
+        gpuml.train(model, X, y, batch_size=1214, **options)
+    gpuml.train(model, X, y, batch_size=1213, **options)
+    gpuml.train(model, X, y, batch_size=None, **options)  # a full batch comes in parts
+
+
+def test_chunks_that_nobody_asked_for_have_arrived_when_their_memory_is_given_back(
+    device, monkeypatch
+):
+    """Pinned arrays are copied straight; such a copy would write into what comes next there."""
+    if device.kind == "cpu":
+        pytest.skip("needs a GPU")
+    import cupyx
+
+    X = cupyx.empty_pinned((2**20, 64), np.float32)
+    X[...] = 1
+    y = cupyx.empty_pinned((2**20, 1), np.float32)
+    y[...] = 2
+    places = []
+
+    class Noted(batches_module._Place):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            places.append(self)
+
+    monkeypatch.setattr(batches_module, "_Place", Noted)
+    source = StreamedBatches(X, y, 2**16, device, np.float32, np.float32, 200 * 2**20)
+    with device.use():
+        epoch = source.epoch(None)
+        next(epoch)
+        epoch.close()
+        assert len(places) == batches_module.CHUNKS
+        assert all(place.stream.done for place in places)
+
+
 # --- sources of batches ----------------------------------------------------------------------
 
 
@@ -325,3 +385,30 @@ def test_sources_that_are_none_are_explained(device, rng):
     with pytest.raises(ValueError, match="y is missing"):
         gpuml.train(model, X)
     assert not gpuml.to_host(model.parameters.flat).any()
+
+
+@pytest.mark.parametrize(("later", "found"), [(2, "2"), (4, "more")])
+def test_a_source_that_changes_its_length_is_refused(device, rng, later, found):
+    """A loss that no step has written would be counted, or one would have no place."""
+    X, Y = regression_problem(rng, 50)
+    n_updates = 0
+
+    class Counting(GradientDescent):
+        def update(self, *arguments):
+            nonlocal n_updates
+            n_updates += 1
+            super().update(*arguments)
+
+    class Changing(Source):
+        def __iter__(self):
+            return iter(list(super().__iter__())[: 3 if n_updates < 6 else later])
+
+    model, good = Linear(3, 2, device=device), Linear(3, 2, device=device)
+    with pytest.raises(ValueError, match=f"yielded 3 the first time, and now {found}: it must"):
+        gpuml.train(model, Changing(X, Y, 10), n_epochs=10, optimizer=Counting(0.05))
+    pairs = list(Source(X, Y, 10))[:3]
+    gpuml.train(good, pairs, n_epochs=2, optimizer=GradientDescent(0.05))
+    np.testing.assert_array_equal(
+        *(gpuml.to_host(m.parameters.flat) for m in (model, good)),
+        err_msg="the last finished epoch",
+    )

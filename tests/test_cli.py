@@ -115,6 +115,9 @@ def test_digits_with_the_defaults(works):
     facts = dict(re.findall(r"^(\S+(?: \S+)?)  +(.*)$", report, re.M))
     assert facts["device"] == str(gpuml.get_device())
     assert facts["data"] == "digits: 1,797 rows, 64 features, 10 classes"
+    assert facts["constant"] == (
+        "4 features, kept as zeros: pixel_0_0, pixel_3_0, pixel_4_0, pixel_4_7"
+    )
     assert facts["model"] == "MLP 64-128-10 (9,610 parameters, float32)"
     assert facts["training"] == "40 epochs in batches of 64 rows, adam"
     loss, accuracy = re.fullmatch(

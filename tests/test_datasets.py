@@ -473,6 +473,73 @@ def test_features_become_standardised_and_a_constant_column_zero(rng):
     assert fitted.features(X + np.array([0, 1, 0]))[0, 1] == pytest.approx(1)
 
 
+@pytest.mark.parametrize("same_unit", [False, True])
+def test_constant_features_are_said(rng, same_unit):
+    X = np.column_stack([np.full(9, 0.1), rng.normal(size=9), np.zeros(9)])
+    y = np.arange(9) % 2
+    fitted = Preprocessing.fit(X, y, "classification", same_unit=same_unit)
+    assert fitted.constant_features == (0, 2)
+    assert repr(fitted) == (
+        "Preprocessing(3 features, 2 of them constant and kept as zeros: 0, 2; classes: 0, 1)"
+    )
+    assert not fitted.features(X)[:, [0, 2]].any()
+    assert Preprocessing.from_arrays(*fitted.to_arrays()).constant_features == (0, 2)
+    named = Preprocessing.fit(X, X[:, 1], "regression", feature_names=("a", "b", "c"))
+    assert named.constant_names == ("a", "c")
+    varying = Preprocessing.fit(X[:, 1:2], X[:, 1], "regression")
+    assert repr(varying) == "Preprocessing(1 feature; regression)"
+
+
+MATRIX = np.arange(8.0).reshape(4, 2)
+HOLE = np.where(MATRIX == 5, np.nan, MATRIX)
+NAMES = np.array(["b", "a", "b", "a"])
+
+
+@pytest.mark.parametrize(
+    ("X", "y", "task", "error", "expected"),
+    [
+        (HOLE, NAMES, "classification", DataError, "features: row 2, column 1 .* is nan"),
+        (MATRIX, HOLE[:, 1], "regression", DataError, "target: row 2, column 0 .* is nan"),
+        (MATRIX, HOLE[:, 1], "classification", DataError, "class in row 2 .* is missing"),
+        (MATRIX, [None, "a", "b", "a"], "classification", DataError, "class in row 0 .* is miss"),
+        (MATRIX, np.array([1, "a", 2, "a"], object), "classification", DataError, "all text or"),
+        (MATRIX.astype(str), NAMES, "classification", DataError, "of type <U32, not numbers"),
+        (MATRIX, NAMES, "regression", DataError, "target are of type <U1, not numbers"),
+        (MATRIX.astype(complex), NAMES, "classification", DataError, "complex128, not numbers"),
+        (MATRIX[:, 0], NAMES, "classification", ValueError, r"shape \(4,\), expected"),
+        (MATRIX[:0], NAMES[:0], "classification", ValueError, r"shape \(0, 2\), expected"),
+        (MATRIX, NAMES[:3], "classification", ValueError, "X has 4 rows, y has 3"),
+        (MATRIX, NAMES[:, None], "classification", ValueError, r"y has shape \(4, 1\)"),
+        (MATRIX, NAMES, "clasification", ValueError, "did you mean 'classification'"),
+        (MATRIX.tolist(), NAMES, "classification", TypeError, "expected an array"),
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_tables_that_cannot_be_prepared(X, y, task, error, expected):
+    with pytest.raises(error, match=expected):
+        Preprocessing.fit(X, y, task)
+
+
+def test_tables_unlike_the_training_data_are_refused():
+    fitted = Preprocessing.fit(MATRIX, NAMES, "classification")
+    assert fitted.targets(list(NAMES)).tolist() == [1, 0, 1, 0]
+    with pytest.raises(DataError, match=r"features: row 2, column 1 .* is nan, not finite"):
+        fitted.features(HOLE)
+    with pytest.raises(ValueError, match="the training data had 2 features"):
+        fitted.features(MATRIX[:, :1])  # which NumPy would broadcast
+    with pytest.raises(ValueError, match="the training data had 2 classes"):
+        fitted.answers(np.eye(3))
+    with pytest.raises(DataError, match=r"class in row 1 .* is missing"):
+        fitted.targets(np.array(["a", None], object))
+    with pytest.raises(ValueError, match=r"y has shape \(4, 1\), expected a class for each"):
+        fitted.targets(NAMES[:, None])
+    numbers = Preprocessing.fit(MATRIX, MATRIX, "regression")
+    with pytest.raises(ValueError, match="the training data had 2 outputs"):
+        numbers.targets(MATRIX[:, 0])
+    with pytest.raises(ValueError, match="had 2 numbers to be predicted"):
+        numbers.answers(MATRIX[:, :1])
+
+
 def test_one_unit_for_all_features_keeps_their_proportions(rng):
     X = rng.normal(size=(50, 2)) * [3, 4]
     fitted = Preprocessing.fit(X, X[:, 0], "regression", same_unit=True)
@@ -543,6 +610,8 @@ def test_numbers_too_large_for_the_arithmetic_are_refused_with_their_column():
         ({"feature_names": ["a"]}, "2 features have 1 names"),
         ({"feature_names": ["a", 3]}, "must be text"),
         ({"target_name": None}, "must be text"),
+        ({"constant_features": [2]}, "must be numbers of columns"),
+        ({"constant_features": ["a"]}, "must be numbers of columns"),
     ],
 )
 def test_preprocessing_that_fit_cannot_have_made_is_refused(change, expected):
@@ -551,5 +620,9 @@ def test_preprocessing_that_fit_cannot_have_made_is_refused(change, expected):
     assert Preprocessing.from_arrays(arrays, options).classes == ("a", "b")
     with pytest.raises(ValueError, match=expected):
         Preprocessing.from_arrays(arrays, options | change)
+    fewer = {k: v for k, v in options.items() if k not in change}
+    if "constant_features" in change:  # files of earlier versions lack them
+        assert Preprocessing.from_arrays(arrays, fewer).constant_features == ()
+        return
     with pytest.raises(KeyError):
-        Preprocessing.from_arrays(arrays, {k: v for k, v in options.items() if k not in change})
+        Preprocessing.from_arrays(arrays, fewer)

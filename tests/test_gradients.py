@@ -487,6 +487,24 @@ def test_wrong_settings_are_named(device, rng):
         gradient_check(model, X, y)
 
 
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"y": np.full(30, 3)}, ValueError, "labels must be from 0 to 2, .* got 3 to 3"),
+        ({"y": np.full(30, -1)}, ValueError, "labels must be from 0 to 2, .* got -1 to -1"),
+        ({"y": np.zeros(29, int)}, ValueError, r"X has shape \(30, 4\), y \(29,\)"),
+        ({"X": np.zeros((0, 4)), "y": np.zeros(0, int)}, ValueError, "not empty"),
+        ({"X": np.zeros((30, 4)).astype(str)}, TypeError, "X must hold real numbers, got <U"),
+        ({"y": np.full(30, "a")}, TypeError, "y must hold real numbers, got <U1"),
+    ],
+)
+def test_data_that_do_not_fit_are_named(device, rng, change, error, message):
+    X, y = problem(rng, labels=True)
+    model = MLP([4, 9, 3], device=device)
+    with pytest.raises(error, match=message):
+        gradient_check(model, **({"X": X, "y": y} | change))
+
+
 def test_data_on_a_gpu_and_a_model_elsewhere_are_refused(device, rng):
     if device.kind == "cpu":
         pytest.skip("there is but one place")

@@ -312,6 +312,8 @@ def test_devices_are_named_run_by_run_where_they_differ():
 def test_what_cannot_be_compared_is_named():
     with pytest.raises(ValueError, match="no histories to compare"):
         compare_histories({})
+    with pytest.raises(TypeError, match=r"by name, \{\"a name\": history, …\}, got list"):
+        compare_histories([*runs().values()])
     with pytest.raises(ValueError, match="run 'plain': unknown column 'validation_accuracy'"):
         compare_histories(runs(), "validation_accuracy")
     with pytest.raises(ValueError, match="run 'new': "):

@@ -91,6 +91,32 @@ def test_the_same_data_give_the_same_bits(device, dtype):
     assert len(set(found)) == 1
 
 
+def test_blocks_are_added_up_in_float64(monkeypatch):
+    """In float32 a sum of many terms of one sign is off by far more than one rounding."""
+    monkeypatch.setattr(one_pass, "CACHED_BYTES", 64)  # 8 rows
+    model, X, Y = problem(gpuml.get_device("cpu"), 200_000, 2, 1)
+    X[...], Y[...], model.parameters.flat[...] = np.abs(X), 0, 1 / 3
+    gradients = model.parameters.zeros_like()
+    value = one_pass.gradient(X, Y, model.parameters, gradients)
+    loss, flat, _, _ = exact(model, X, Y)
+    assert float(value) == pytest.approx(loss, rel=3e-7)
+    np.testing.assert_allclose(gradients.flat, flat, rtol=3e-7)
+
+
+def test_targets_that_are_a_column_of_a_table(device):
+    """Their numbers are apart in memory, and no kernel may take them for neighbours."""
+    model, X, Y = problem(device, 300, 5, 2)
+    table = device.xp.zeros((300, 7), np.float32)
+    table[:, 2:6:2] = Y
+    for apart in (table[:, 2:6:2], device.xp.asfortranarray(Y)):
+        found = []
+        for targets in (Y, apart):
+            gradients = model.parameters.zeros_like()
+            value = one_pass.gradient(X, targets, model.parameters, gradients)
+            found.append(np.append(gpuml.to_host(gradients.flat), float(value)))
+        np.testing.assert_allclose(*found, rtol=1e-6)
+
+
 def test_what_is_added_up_is_scaled_as_wanted(device):
     model, X, Y = problem(device, 100, 10, 2, dtype=np.float64)
     whole, scaled = model.parameters.zeros_like(), model.parameters.zeros_like()

@@ -22,7 +22,7 @@ from gpuml import MLP, Adam, CheckpointError, GradientDescent, Linear, batches, 
 from gpuml.losses import softmax_cross_entropy
 
 N_EPOCHS = 60
-N_KILLS = 8
+N_KILLS = 5  # of each case, so 50 in all
 
 
 def data(folder):
@@ -118,27 +118,54 @@ def run_to_the_end(case, folder, name, **options):
     (folder / f"{name}.json").write_text(json.dumps(result))
 
 
+def kill_later(child, path, n_writes, pause):
+    """Kill a process some seconds after it has written a file so many times; return its status."""
+
+    def file():
+        return path.stat().st_ino if path.exists() else None
+
+    for _ in range(n_writes):
+        before = file()
+        while file() == before:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                return status
+            time.sleep(2e-4)
+    time.sleep(pause)
+    os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1]
+
+
 def kill_and_resume(case, folder):
-    """Run once without interruption, and once killed at random moments; write how often."""
+    """Run without interruption, then killed at random moments; write how often, and the outcomes.
+
+    The moments are counted in writes of the checkpoint and in the time that an epoch takes, and a
+    run that ends before enough kills have landed is followed by another one from the beginning:
+    so their number does not depend on how fast the machine is.
+    """
     data(folder)
     alone = {"checkpoint": folder / "alone.safetensors"}  # so that it takes as long
-    kept = {"checkpoint": folder / "run.safetensors"}
+    path = folder / "run.safetensors"
     rng = random.Random(case)
     begin = time.perf_counter()
     assert os.waitpid(in_a_child(run_to_the_end, case, folder, "written", **alone), 0)[1] == 0
-    duration = time.perf_counter() - begin
+    epoch = (time.perf_counter() - begin) / N_EPOCHS
     assert os.waitpid(in_a_child(run_to_the_end, case, folder, "alone"), 0)[1] == 0
-    kills, status = 0, None
-    while status != 0:
-        child = in_a_child(run_to_the_end, case, folder, "kept", **kept)
+    kills, outcomes = 0, []
+    while kills < N_KILLS or path.exists():
+        child = in_a_child(run_to_the_end, case, folder, "kept", checkpoint=path)
         if kills < N_KILLS:
-            time.sleep(rng.uniform(0, duration / 10))
-            os.kill(child, signal.SIGKILL)
-        status = os.waitpid(child, 0)[1]
+            status = kill_later(child, path, rng.randrange(8), rng.uniform(0, 2 * epoch))
+        else:
+            status = os.waitpid(child, 0)[1]
         assert status in (0, signal.SIGKILL)
-        kills += status == signal.SIGKILL
+        if status == 0:
+            outcomes.append(json.loads((folder / "kept.json").read_text()))
+            path.unlink()
+        else:
+            kills += path.exists()  # else there is nothing to go on from: it does not count
     left = [p.name for p in folder.iterdir() if p.name.startswith(".run-")]
-    (folder / "kills.json").write_text(json.dumps([kills, left]))
+    (folder / "kills.json").write_text(json.dumps([kills, left, outcomes]))
 
 
 def kill_and_resume_all(folder):
@@ -172,13 +199,14 @@ def killed(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES)
 def test_killed_at_random_moments_it_ends_with_the_same_bits(killed, case):
     folder = killed / str(list(CASES).index(case))
-    kept, written, alone = (
-        json.loads((folder / f"{name}.json").read_text()) for name in ("kept", "written", "alone")
-    )
-    assert kept == written == alone
+    written, alone = (json.loads((folder / f"{n}.json").read_text()) for n in ("written", "alone"))
+    kills, left, outcomes = json.loads((folder / "kills.json").read_text())
+    assert written == alone
     assert alone["grows"]
-    kills, left = json.loads((folder / "kills.json").read_text())
-    assert kills >= 1  # how many fit in depends on the machine; below, a stop after every write
+    assert outcomes
+    for kept in outcomes:
+        assert kept == alone
+    assert kills == N_KILLS
     assert not left, "what a killed run left beside the file is cleared away"
 
 
@@ -474,5 +502,60 @@ def test_a_full_disk_leaves_the_older_file(device, tmp_path, monkeypatch):
 
 
 def test_a_folder_that_is_missing_is_named(tmp_path):
+    model = mlp("cpu")
+    start = model.parameters.flat.copy()
     with pytest.raises(FileNotFoundError, match="there is no folder"):
-        train("Adam", tmp_path, n_epochs=2, checkpoint=tmp_path / "nowhere" / "run.safetensors")
+        train("Adam", tmp_path, checkpoint=tmp_path / "nowhere" / "run.safetensors", model=model)
+    np.testing.assert_array_equal(model.parameters.flat, start, "it is said before training")
+    with pytest.raises(FileExistsError, match="it is not a file"):
+        train("Adam", tmp_path, checkpoint=tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs a limit on the size of files")
+def test_a_disk_that_fills_up_leaves_the_older_file(tmp_path):
+    """Here the system refuses, in the middle of the file."""
+    import resource
+
+    path = tmp_path / "run.safetensors"
+    train("Adam", tmp_path, n_epochs=3, checkpoint=path)
+    before = path.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        with pytest.raises(OSError, match=r"cannot write the checkpoint: .*the older one is kept"):
+            train("Adam", tmp_path, n_epochs=6, checkpoint=path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".run")] == []
+
+
+def test_a_source_of_another_length_is_refused(tmp_path):
+    X, y, _ = data(None)
+    pairs = [(X[i : i + 30], y[i : i + 30]) for i in range(0, 90, 30)]
+    path = tmp_path / "run.safetensors"
+    gpuml.train(mlp("cpu"), pairs, n_epochs=2, checkpoint=path)
+    resumed = gpuml.train(mlp("cpu"), pairs, n_epochs=4, checkpoint=path)
+    assert len(resumed) == 4
+    with pytest.raises(CheckpointError, match="data, rows of the source was 90 and is 60"):
+        gpuml.train(mlp("cpu"), pairs[:2], n_epochs=6, checkpoint=path)
+
+
+def test_a_checkpoint_is_no_model(tmp_path):
+    path = tmp_path / "run.safetensors"
+    train("Adam", tmp_path, n_epochs=1, checkpoint=path)
+    with pytest.raises(gpuml.ModelFileError, match=r"is a checkpoint, .* and no model: model.save"):
+        gpuml.load_model(path)
+
+
+def test_one_of_a_newer_version_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "run.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr("gpuml.checkpoints.FORMAT", 2)
+        train("Adam", tmp_path, n_epochs=1, checkpoint=path)
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match=r"from a newer gpuml, in format 2, .*: update gpuml"):
+        train("Adam", tmp_path, n_epochs=2, checkpoint=path)
+    assert path.read_bytes() == before

@@ -15,6 +15,19 @@ def factors(schedule, n_epochs):
     return [schedule(epoch, n_epochs) for epoch in range(n_epochs)]
 
 
+@pytest.mark.parametrize("factor", [math.nan, math.inf, -0.1, "a", None])
+def test_a_factor_that_is_none_stops_the_training(rng, factor):
+    """Before the step: the weights are those of the epochs before."""
+    X = rng.normal(size=(20, 3))
+    models = [gpuml.Linear(3, 1, device="cpu") for _ in range(2)]
+    with pytest.raises(
+        ValueError, match=r"gives .* for epoch 2 of 10 .*: expected a number from 0"
+    ):
+        gpuml.train(models[0], X, X[:, :1], schedule=lambda e, n: factor if e == 2 else 1)
+    gpuml.train(models[1], X, X[:, :1], n_epochs=2)
+    assert (models[0].parameters.flat == models[1].parameters.flat).all()
+
+
 def test_a_cosine_falls_along_half_a_wave():
     assert factors(cosine(), 3) == pytest.approx([1, 0.75, 0.25], rel=1e-12)
     for n_epochs, final in [(1, 0.0), (7, 0.3), (50, 1.0), (50, 0.01)]:

@@ -185,6 +185,22 @@ def test_both_devices_train_the_same_model(device, digits):
     )
 
 
+@pytest.mark.parametrize("optimizer", [GradientDescent(0.05, momentum=0.9), Adam(0.001)])
+@pytest.mark.parametrize("kind", ["MLP", "Linear", "numbers"])
+def test_five_epochs_on_both_devices_lead_to_the_same_weights(device, digits, kind, optimizer):
+    X, _, y, _ = digits
+    if kind == "numbers":
+        y = X[:, 20:24] + np.float32(0.1) * y[:, None]
+    weights = []
+    for place in ("cpu", device):
+        model = MLP([64, 32, 10], device=place)
+        if kind != "MLP":
+            model = Linear(64, 10 if kind == "Linear" else 4, device=place)
+        gpuml.train(model, X, y, n_epochs=5, optimizer=optimizer)
+        weights.append(gpuml.to_host(model.parameters.flat))
+    np.testing.assert_allclose(weights[1], weights[0], rtol=1e-4, atol=1e-5)
+
+
 def test_data_on_a_gpu_and_a_model_on_the_cpu_are_refused(device, rng):
     if device.kind == "cpu":
         pytest.skip("needs two devices")
@@ -257,6 +273,26 @@ def test_data_that_are_not_finite_are_named_as_the_cause(device, rng):
         gpuml.train(
             MLP([4, 8, 2], device=device), X, y, validation_data=(held_out, y), batch_size=None
         )
+
+
+def test_numbers_too_large_for_the_model_are_named_as_the_cause(device, rng, recwarn):
+    X, y = small_problem(rng)
+    X = X.astype(np.float64)
+    X[0, 3] = -1e300
+    message = r"row 0, column 3 of X is not: -1e\+300 is too large for float32"
+    with pytest.raises(gpuml.DivergenceError, match=message):
+        gpuml.train(MLP([4, 8, 2], device=device), X, y, batch_size=None)
+    assert not recwarn.list
+
+
+def test_a_batch_that_is_not_finite_is_named(device, rng):
+    X, y = small_problem(rng)
+    bad = X[40:].copy()
+    bad[7, 1] = np.nan
+    source = [(X[:20], y[:20]), (X[20:40], y[20:40]), (bad, y[40:])]
+    message = r"epoch 1, step 3.* since row 7, column 1 of x in batch 2 \(counted from 0\) is not"
+    with pytest.raises(gpuml.DivergenceError, match=message):
+        gpuml.train(MLP([4, 8, 2], device=device), source)
 
 
 def test_a_validation_loss_that_overflows_is_no_success(device, rng):
@@ -418,6 +454,10 @@ def test_blas_threads_are_one_during_small_training_and_restored(rng):
     [
         ({"n_epochs": 0}, "n_epochs must be a positive integer"),
         ({"n_epochs": 1.5}, "n_epochs must be a positive integer"),
+        ({"n_epochs": "5"}, "n_epochs must be a positive integer, got '5'"),
+        ({"n_epochs": None}, "n_epochs must be a positive integer, got None"),
+        ({"n_epochs": math.nan}, "n_epochs must be a positive integer, got nan"),
+        ({"n_epochs": math.inf}, "n_epochs must be a positive integer, got inf"),
         ({"batch_size": 0}, "batch_size must be a positive integer"),
         ({"batch_size": -4}, "batch_size must be a positive integer"),
         ({"loss": "cross-entropy"}, "did you mean 'cross_entropy'"),
@@ -432,6 +472,8 @@ def test_blas_threads_are_one_during_small_training_and_restored(rng):
         ({"X": np.zeros((0, 4)), "y": np.zeros(0, int)}, "not empty"),
         ({"validation_data": (np.zeros((3, 4)), np.zeros(2, int))}, "X has 3 rows, y has 2"),
         ({"validation_data": (np.zeros((3, 4)),)}, "must be a pair"),
+        ({"validation_data": 0.2}, "must be a pair"),
+        ({"validation_data": np.zeros((2, 4))}, "must be a pair"),
         ({"y": np.zeros(60, bool)}, r"integers: y\.astype\(int\)"),
     ],
 )
@@ -470,6 +512,33 @@ def test_a_history_prints_exports_and_plots_itself(device, rng, tmp_path):
     loss_lines = {line.get_label(): list(line.get_ydata()) for line in figure.axes[0].lines}
     assert loss_lines == {"training": history["loss"], "held out": history["validation_loss"]}
     assert str(device) in figure.get_supxlabel()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": MLP}, r"not its class: MLP\(…\)"),
+        ({"model": np.zeros((60, 4))}, r"expected a model, got ndarray: gpuml\.train\(model, X"),
+        ({"X": np.zeros((60, 4)).astype(str)}, "X must hold real numbers, got <U"),
+        ({"X": np.zeros((60, 4), object)}, "X must hold real numbers, got object"),
+        ({"X": np.zeros((60, 4), complex)}, "X must hold real numbers, got complex128"),
+        ({"X": np.zeros((60, 4), "M8[s]")}, "X must hold real numbers, got datetime64"),
+        ({"X": np.ma.masked_array(np.eye(60, 4), np.eye(60, 4))}, "X has masked numbers"),
+        ({"y": np.zeros((60, 2), complex)}, "y must hold real numbers, got complex128"),
+        ({"loss": 3}, "expected the name of a loss or a function .*, got 3"),
+        ({"optimizer": 3}, "expected the name of an optimizer, or an object .*, got 3"),
+    ],
+)
+def test_calls_of_the_wrong_type_are_explained(rng, change, message):
+    X, y = small_problem(rng)
+    with pytest.raises(TypeError, match=message):
+        gpuml.train(**({"model": MLP([4, 8, 2], device="cpu"), "X": X, "y": y} | change))
+
+
+def test_predict_takes_numbers_alone(rng):
+    X, _ = small_problem(rng)
+    with pytest.raises(TypeError, match="X must hold real numbers, got <U"):
+        gpuml.predict(MLP([4, 8, 2], device="cpu"), X.astype(str))
 
 
 def test_slips_of_the_hand_are_named(device, rng):
@@ -562,6 +631,66 @@ def test_an_epoch_of_a_network_is_that_of_scikit_learn(device, rng, momentum):
     np.testing.assert_allclose(gpuml.to_host(model.parameters.flat), expected, atol=1e-5, rtol=0)
     assert abs(expected - np.concatenate([p.ravel() for p in start])).max() > 0.01
     assert history["loss"][0] == pytest.approx(reference.loss_, rel=1e-6)
+
+
+# --- against PyTorch -------------------------------------------------------------------------
+
+RATES = {
+    "descent": (GradientDescent(0.05), "SGD", {"lr": 0.05}),
+    "momentum": (GradientDescent(0.05, momentum=0.9), "SGD", {"lr": 0.05, "momentum": 0.9}),
+    "Adam": (Adam(0.01), "Adam", {"lr": 0.01}),
+    "decay": (
+        GradientDescent(0.05, momentum=0.9, weight_decay=0.1),
+        "SGD",
+        {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1},
+    ),
+    "AdamW": (Adam(0.01, weight_decay=0.1), "AdamW", {"lr": 0.01, "weight_decay": 0.1}),
+}
+
+
+def torch_layers(torch, model):
+    """The same layers in PyTorch, and groups of weights, which decay, and biases."""
+    layers = []
+    for weight, bias in model.layers:
+        W, b = (torch.tensor(gpuml.to_host(model.parameters[name])) for name in (weight, bias))
+        layer = torch.nn.Linear(*W.shape, dtype=W.dtype)
+        layer.weight, layer.bias = torch.nn.Parameter(W.T.clone()), torch.nn.Parameter(b[0].clone())
+        layers += [layer, torch.nn.ReLU()]
+    network = torch.nn.Sequential(*layers[:-1])
+    named = list(network.named_parameters())
+    groups = [{"params": [p for name, p in named if name.endswith("weight")]}]
+    return network, [*groups, {"params": [p for n, p in named if n.endswith("bias")]}]
+
+
+@pytest.mark.parametrize("case", RATES)
+@pytest.mark.parametrize("task", ["classes", "numbers"])
+def test_epochs_are_those_of_pytorch(device, rng, case, task):
+    torch = pytest.importorskip("torch")
+    X = rng.normal(size=(205, 6))
+    y = rng.integers(3, size=205) if task == "classes" else rng.normal(size=(205, 3))
+    model = MLP([6, 8, 5, 3], dtype=np.float64, device=device)
+    optimizer, name, options = RATES[case]
+    network, groups = torch_layers(torch, model)
+    groups[1]["weight_decay"] = 0.0
+    theirs = getattr(torch.optim, name)(groups, **options)
+    measure = torch.nn.CrossEntropyLoss() if task == "classes" else torch.nn.MSELoss()
+    generator, losses = np.random.default_rng(4), []
+    for _ in range(3):
+        order, total = generator.permutation(205), 0.0
+        for start in range(0, 205, 20):
+            rows = order[start : start + 20]
+            value = measure(network(torch.tensor(X[rows])), torch.tensor(y[rows]))
+            theirs.zero_grad()
+            value.backward()
+            theirs.step()
+            total += float(value.detach()) * len(rows)
+        losses.append(total / 205)
+    history = gpuml.train(model, X, y, optimizer=optimizer, n_epochs=3, batch_size=20, seed=4)
+    assert history["loss"] == pytest.approx(losses, rel=1e-9)
+    parts = [p.detach().numpy().T.ravel() for p in network.parameters()]
+    np.testing.assert_allclose(
+        gpuml.to_host(model.parameters.flat), np.concatenate(parts), rtol=1e-7, atol=1e-9
+    )
 
 
 # --- validation, patience, divergence --------------------------------------------------------
@@ -665,6 +794,25 @@ def test_a_linear_model_that_diverges_learns_the_largest_stable_rate(device, rng
     found = re.search("largest stable learning_rate is ([^,]+), yours is 20", text)
     rate = float(found.group(1))
     assert loss(rate) < 1, "it is stable"
+    with pytest.raises(gpuml.DivergenceError):
+        loss(rate * 1.15)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+@pytest.mark.parametrize("decay", [0.5, 50.0])
+def test_the_largest_stable_rate_counts_weight_decay(rng, momentum, decay):
+    X, Y = numbers_to_predict(rng)
+
+    def loss(rate):
+        model = Linear(3, 2, bias=False, dtype=np.float64, device="cpu")
+        optimizer = GradientDescent(rate, momentum=momentum, weight_decay=decay)
+        options = {"optimizer": optimizer, "n_epochs": 5000, "batch_size": None}
+        return gpuml.train(model, X, Y, **options)["loss"][-1]
+
+    with pytest.raises(gpuml.DivergenceError) as caught:
+        loss(20.0)
+    rate = float(re.search("learning_rate is ([^,]+), yours is 20", str(caught.value)).group(1))
+    assert np.isfinite(loss(rate)), "it is stable"
     with pytest.raises(gpuml.DivergenceError):
         loss(rate * 1.15)
 
