@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
+from gpuml import gpu_layers
 from gpuml.devices import Array, array_module
 from gpuml.errors import unknown_name
+from gpuml.gpu_layers import fused
 
 Loss: TypeAlias = Callable[[Array, Array], tuple[Array, Array]]
 
@@ -47,6 +49,8 @@ def mean_squared_error(predictions: Array, targets: Array) -> tuple[Array, Array
             f"predictions have shape {predictions.shape}, targets {targets.shape}: the last two "
             "axes, (batch, outputs), must agree; y[:, None] makes a column of a vector"
         )
+    if fused(xp) and predictions.dtype == targets.dtype:
+        return gpu_layers.mean_squared_error(predictions, targets)
     difference = predictions - targets
     scale = 1.0 / (predictions.shape[-2] * predictions.shape[-1])
     value = xp.square(difference).sum(axis=(-2, -1)) * scale
@@ -95,6 +99,8 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
             "(…, batch, classes) and integers of shape (…, batch)"
         )
     batch, classes = logits.shape[-2:]
+    if fused(xp) and logits.dtype.name in ("float32", "float64"):
+        return gpu_layers.softmax_cross_entropy(logits, labels)
     if labels.shape != logits.shape[:-1]:  # the same labels for each of the leading axes
         labels = xp.broadcast_to(labels, logits.shape[:-1])
 

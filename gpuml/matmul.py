@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
 from operator import index
@@ -27,16 +28,23 @@ SHARED_BYTES = 48 * 1024  # what a block may have without asking
 MOST_ROWS = 2**31 - 1  # cuBLAS and most BLAS count in 32 bits
 
 
-def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
-    """Return the matrix product a @ b, over the last two axes: the array library's own.
+def matmul(
+    a: Array, b: Array, out: Array | None = None, *, precision: Precision | None = None
+) -> Array:
+    """Return the matrix product a @ b, over the last two axes, without a look at the arguments.
+
+    What models and training call: cuBLAS or NumPy and little else. :func:`batched_matmul` checks
+    its arguments and says what is wrong.
 
     Parameters
     ----------
     a : array of shape (…, M, K)
     b : array of shape (…, K, N)
-        On the same device as `a`; transposed and strided views are fine.
+        On the same device, of the same type; transposed and strided views are fine.
     out : array of shape (…, M, N), optional
-        Where to write the result.
+        Where to write the result; float32 where `a` and `b` are bfloat16, or their type.
+    precision : {"float32", "tf32", "bfloat16"}, optional
+        As in :func:`batched_matmul`.
 
     Returns
     -------
@@ -48,7 +56,72 @@ def matmul(a: Array, b: Array, out: Array | None = None) -> Array:
     TypeError
         If the arrays live on different devices.
     """
-    return array_module(a, b).matmul(a, b, out=out)
+    xp = array_module(a, b)
+    if xp is np:
+        return np.matmul(a, b, out=out)
+    if xp.cuda.runtime.is_hip or a.dtype.kind not in "fcV":
+        return xp.matmul(a, b, out=out)
+    if out is None:
+        stack = a.shape[:-2]
+        if stack != b.shape[:-2]:
+            stack = np.broadcast_shapes(stack, b.shape[:-2])
+        out = xp.empty((*stack, a.shape[-2], b.shape[-1]), a.dtype)
+    if out.size == 0 or a.shape[-1] == 0:
+        out[...] = 0
+    elif out.ndim == 2:
+        _cublas(a, b, out, precision)
+    else:
+        _multiply_on_gpu(a, b, out, precision)
+    return out
+
+
+@contextmanager
+def captured_products(stream: Any) -> Iterator[Any]:
+    """Let products be captured into a CUDA graph, together with other work of a stream.
+
+    CuPy calls cuBLAS only outside a capture. nvmath-python's bindings call the same library
+    without that limit.
+
+    Parameters
+    ----------
+    stream : cupy.cuda.Stream
+        The current stream, which is to be captured inside the ``with`` block.
+
+    Yields
+    ------
+    object
+        To be kept as long as the graph, which uses its memory.
+
+    Raises
+    ------
+    ImportError
+        If nvmath-python is not installed.
+    """
+    handle = _Handle(stream)
+    _CAPTURED[stream.ptr] = handle
+    try:
+        yield handle
+    finally:
+        del _CAPTURED[stream.ptr]
+
+
+class _Handle:
+    """A handle of cuBLAS's for one graph."""
+
+    def __init__(self, stream: Any) -> None:
+        from nvmath.bindings import cublas
+
+        self._cublas = cublas
+        self.multiply = cublas.gemm_strided_batched_ex
+        self.number = cublas.create()
+        cublas.set_stream(self.number, stream.ptr)
+
+    def __del__(self) -> None:
+        if hasattr(self, "number"):
+            self._cublas.destroy(self.number)
+
+
+_CAPTURED: dict[int, _Handle] = {}  # by stream, while it is captured
 
 
 def batched_matmul(
@@ -459,27 +532,30 @@ def _cublas(a: Array, b: Array, out: Array, precision: Precision | None, scale: 
     place = out
     if _step(out) is None or (_layout(out) or (1, 0))[0]:
         place = _contiguous(out)
-    code, compute, one = _cublas_types(a.dtype.name, precision)
-    sum_code, _, _ = _cublas_types(out.dtype.name, None)
-    factors = one, one * scale
+    code, compute, one, zero = _cublas_types(a.dtype.name, precision)
+    sum_code = _cublas_types(out.dtype.name, None)[0]
+    before = np.asarray(scale, one.dtype) if scale else zero
     (a_turned, a_row), (b_turned, b_row) = _layout(a), _layout(b)  # type: ignore[misc]
     (_, out_row) = _layout(place)  # type: ignore[misc]
     (m, k), n = a.shape[-2:], b.shape[-1]
     # cuBLAS counts by columns. What lies by rows is for it the transposed matrix, and the
     # transposed product is b' a'.
-    cublas.gemmStridedBatchedEx(
-        cupy.cuda.device.get_cublas_handle(), b_turned, a_turned, n, m, k, factors[0].ctypes.data,
-        b.data.ptr, code, b_row, _step(b), a.data.ptr, code, a_row, _step(a),
-        factors[1].ctypes.data, place.data.ptr, sum_code, out_row, _step(place),
-        out.size // (m * n), compute, cublas.CUBLAS_GEMM_DEFAULT,
+    handle, multiply = cupy.cuda.device.get_cublas_handle(), cublas.gemmStridedBatchedEx
+    captured = _CAPTURED.get(cupy.cuda.get_current_stream().ptr) if _CAPTURED else None
+    if captured:
+        handle, multiply = captured.number, captured.multiply
+    multiply(
+        handle, b_turned, a_turned, n, m, k, _address(one), b.data.ptr, code, b_row, _step(b),
+        a.data.ptr, code, a_row, _step(a), _address(before), place.data.ptr, sum_code, out_row,
+        _step(place), out.size // (m * n), compute, cublas.CUBLAS_GEMM_DEFAULT,
     )  # fmt: skip
     if place is not out:
         out[...] = place
 
 
 @cache
-def _cublas_types(dtype: str, precision: Precision | None) -> tuple[int, int, Any]:
-    """Return cuBLAS's codes of a type and of the way to sum, and a one of that sum's type."""
+def _cublas_types(dtype: str, precision: Precision | None) -> tuple[int, int, Any, Any]:
+    """Return cuBLAS's codes of a type and of the way to sum, and 1 and 0 of that sum's type."""
     from cupy.cuda import runtime
     from cupy_backends.cuda.libs import cublas
 
@@ -498,7 +574,11 @@ def _cublas_types(dtype: str, precision: Precision | None) -> tuple[int, int, An
         "complex64": (runtime.CUDA_C_32F, single, "F"),
         "complex128": (runtime.CUDA_C_64F, double, "D"),
     }[dtype]
-    return code, way, np.ones(1, sums)
+    return code, way, np.asarray(1, sums), np.asarray(0, sums)
+
+
+def _address(number: Array) -> int:
+    return int(number.__array_interface__["data"][0])
 
 
 def _multiply_small(a: Array, b: Array, out: Array) -> bool:

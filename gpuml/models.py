@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
 from os import PathLike
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 
+from gpuml import gpu_layers
 from gpuml.datasets import Preprocessing
 from gpuml.devices import CPU, Array, Device, array_module, device_of, get_device, to_host
 from gpuml.errors import ModelFileError
-from gpuml.matmul import matmul
+from gpuml.gpu_layers import fused
+from gpuml.matmul import Precision, matmul
 from gpuml.model_files import checksum, load_arrays, save_arrays
 
 Shape: TypeAlias = tuple[int, ...]
@@ -153,7 +156,9 @@ class Model:
         shapes = [self.parameters.shapes[weight] for weight, _ in self.layers]
         return shapes[0][0], *(shape[1] for shape in shapes)
 
-    def forward(self, parameters: Parameters, x: Array) -> tuple[Array, Backward]:
+    def forward(
+        self, parameters: Parameters, x: Array, *, precision: Precision | None = None
+    ) -> tuple[Array, Backward]:
         """Return the predictions for `x`, and the function that carries gradients back.
 
         Parameters
@@ -162,6 +167,10 @@ class Model:
             The model's own, or others of the same names and shapes.
         x : array of shape (…, batch, features)
             Inputs, on the device of the parameters.
+        precision : {"float32", "tf32", "bfloat16"}, optional
+            How a GPU multiplies float32, as in :func:`gpuml.batched_matmul`. With
+            ``"bfloat16"`` what layers pass to each other is stored in 16 bits as well; the
+            parameters, their gradients and the predictions stay float32.
 
         Returns
         -------
@@ -180,12 +189,22 @@ class Model:
         n_features = parameters[layers[0][0]].shape[-2]
         if x.ndim < 2 or x.shape[-1] != n_features:
             raise ValueError(f"x has shape {x.shape}, the model expects (batch, {n_features})")
-        inputs = [x]  # of each layer, kept for the way back
-        for weight, bias in layers:
-            outputs = linear(inputs[-1], parameters[weight], parameters.get(bias))
-            if len(inputs) < len(layers):
-                relu(outputs)
-            inputs.append(outputs)
+        half = precision == "bfloat16" and type(x) is not np.ndarray
+        inputs = [_rounded(x) if half else x]  # of each layer, kept for the way back
+        weights = [_rounded(parameters[w]) if half else parameters[w] for w, _ in layers]
+        for weight, (_, bias) in zip(weights, layers, strict=True):
+            last = len(inputs) == len(layers)
+            out = _sums(inputs[-1], weight, parameters.flat.dtype) if half and last else None
+            inputs.append(
+                linear(
+                    inputs[-1],
+                    weight,
+                    parameters.get(bias),
+                    with_relu=not last,
+                    out=out,
+                    precision=precision,
+                )
+            )
         predictions = inputs.pop()
 
         def backward(
@@ -196,15 +215,19 @@ class Model:
         ) -> tuple[Parameters, Array | None]:
             if gradients is None:
                 gradients = parameters.zeros_like()
-            d = d_predictions
+            d = _rounded(d_predictions) if half else d_predictions
             for i in reversed(range(len(layers))):
                 weight, bias = layers[i]
-                linear_gradient(inputs[i], d, gradients[weight], gradients.get(bias))
+                linear_gradient(
+                    inputs[i], d, gradients[weight], gradients.get(bias), precision=precision
+                )
                 if i == 0 and not input_gradient:
                     return gradients, None
-                d = matmul(d, parameters[weight].swapaxes(-1, -2))
+                turned = weights[i].swapaxes(-1, -2)
+                out = _sums(d, turned, parameters.flat.dtype) if half and i == 0 else None
+                d = matmul(d, turned, out, precision=precision)
                 if i > 0:
-                    d *= inputs[i] > 0  # the slope of ReLU
+                    relu_slope(d, inputs[i])
             return gradients, d
 
         return predictions, backward
@@ -506,22 +529,41 @@ def _zeros(shapes: Mapping[str, Shape], dtype: Any) -> Parameters:
     return Parameters(np.zeros(sum(map(math.prod, shapes.values())), dtype), shapes)
 
 
-def linear(x: Array, weight: Array, bias: Array | None) -> Array:
-    """Return x W + b.
+def linear(
+    x: Array,
+    weight: Array,
+    bias: Array | None,
+    *,
+    with_relu: bool = False,
+    out: Array | None = None,
+    precision: Precision | None = None,
+) -> Array:
+    """Return x W + b, or max(x W + b, 0).
 
     Parameters
     ----------
     x : array of shape (…, batch, in)
     weight : array of shape (…, in, out)
     bias : array of shape (…, 1, out) or None
+    with_relu : bool
+        Whether to replace what is negative by 0.
+    out : array of shape (…, batch, out), optional
+        Where to write the result.
+    precision : {"float32", "tf32", "bfloat16"}, optional
+        Of the product, as in :func:`gpuml.batched_matmul`.
 
     Returns
     -------
     array of shape (…, batch, out)
     """
-    outputs = matmul(x, weight)
+    outputs = matmul(x, weight, out, precision=precision)
+    if bias is not None and fused(array_module(outputs)):
+        gpu_layers.add_bias(outputs, bias, relu=with_relu)
+        return outputs
     if bias is not None:
         outputs += bias
+    if with_relu:
+        relu(outputs)
     return outputs
 
 
@@ -534,7 +576,22 @@ def relu(z: Array) -> None:
         array_module(z).maximum(z, 0, out=z)
 
 
-def linear_gradient(x: Array, d_outputs: Array, d_weight: Array, d_bias: Array | None) -> None:
+def relu_slope(d: Array, outputs: Array) -> None:
+    """Carry a gradient back through ReLU in place: 0 where the output was 0."""
+    if fused(array_module(d)) and d.flags.c_contiguous and outputs.flags.c_contiguous:
+        gpu_layers.relu_slope(d, outputs)
+    else:
+        d *= outputs > 0
+
+
+def linear_gradient(
+    x: Array,
+    d_outputs: Array,
+    d_weight: Array,
+    d_bias: Array | None,
+    *,
+    precision: Precision | None = None,
+) -> None:
     """Write the gradients of :func:`linear`: dW = xᵀ d, db = the sum of d over the batch.
 
     Parameters
@@ -545,7 +602,33 @@ def linear_gradient(x: Array, d_outputs: Array, d_weight: Array, d_bias: Array |
         Written.
     d_bias : array of shape (…, 1, out) or None
         Written.
+    precision : {"float32", "tf32", "bfloat16"}, optional
+        Of the product, as in :func:`gpuml.batched_matmul`.
     """
-    matmul(x.swapaxes(-1, -2), d_outputs, out=d_weight)
-    if d_bias is not None:
-        array_module(d_outputs).add.reduce(d_outputs, axis=-2, keepdims=True, out=d_bias)
+    matmul(x.swapaxes(-1, -2), d_outputs, d_weight, precision=precision)
+    if d_bias is None:
+        return
+    xp = array_module(d_outputs)
+    if fused(xp):  # the product with a row of ones is one launch, and takes any type
+        matmul(_ones(d_outputs.shape[-2], d_outputs.dtype, d_bias.device.id), d_outputs, d_bias)
+    else:
+        xp.add.reduce(d_outputs, axis=-2, keepdims=True, out=d_bias)
+
+
+@cache
+def _ones(n: int, dtype: np.dtype[Any], device: int) -> Array:
+    where = Device("gpu", device)
+    with where.use():
+        ones = where.xp.ones((1, n), np.float32)
+        return _rounded(ones) if dtype.itemsize == 2 else ones.astype(dtype)
+
+
+def _rounded(x: Array) -> Array:
+    """Return a float32 array of a GPU as bfloat16."""
+    return x if x.dtype.itemsize == 2 else gpu_layers.to_bfloat16(x)
+
+
+def _sums(a: Array, b: Array, dtype: Any) -> Array:
+    """Return an array for a product's sums, of another type than its factors."""
+    shape = (*a.shape[:-1], b.shape[-1])
+    return array_module(a).empty(shape, dtype)

@@ -7,8 +7,10 @@ from typing import Protocol, TypeAlias
 
 import numpy as np
 
+from gpuml import gpu_layers
 from gpuml.devices import Array, array_module, device_of
 from gpuml.errors import unknown_name
+from gpuml.gpu_layers import fused
 from gpuml.models import Parameters
 
 State: TypeAlias = dict[str, Array]
@@ -89,6 +91,11 @@ class GradientDescent:
     def update(self, parameters: Parameters, gradients: Parameters, state: State) -> None:
         """Take one step in place."""
         xp = array_module(parameters.flat, gradients.flat)
+        if fused(xp):
+            gpu_layers.gradient_descent(
+                parameters.flat, gradients.flat, state.get("velocity"), state
+            )
+            return
         direction, step = gradients.flat, state["step"]
         if "weight_decay" in state:
             xp.multiply(state["decaying"], state["weight_decay"], out=step)
@@ -188,6 +195,9 @@ class Adam:
     def update(self, parameters: Parameters, gradients: Parameters, state: State) -> None:
         """Take one step in place."""
         xp = array_module(parameters.flat, gradients.flat)
+        if fused(xp):
+            gpu_layers.adam(parameters.flat, gradients.flat, state)
+            return
         gradient, m, v, step = gradients.flat, state["m"], state["v"], state["step"]
         if "weight_decay" in state:
             rate = state["learning_rate"] * state["weight_decay"]

@@ -23,19 +23,19 @@ NOTEBOOKS = sorted(
 )
 
 FLOORS = [
-    {"errors", "devices", "kernels", "memory_maps", "blocking"},
+    {"errors", "devices", "kernels", "memory_maps", "blocking", "gpu_layers"},
     {"matmul", "losses", "datasets", "model_files", "plots", "timing", "staging", "journal"}
     | {"metrics", "schedules"},
     {"models", "optimizers", "batches", "history", "blocked"}
     | {"gradients", "regression", "checkpoints"},
-    {"one_pass", "steps", "training"},
+    {"one_pass", "fused", "steps", "training"},
     {"doctor", "recordings", "cli", "__main__"},
 ]
 # On one floor, a module may use those to its left.
 NEIGHBOURS = [("errors", "devices"), ("devices", "kernels"), ("errors", "kernels")]
-NEIGHBOURS += [("errors", "memory_maps")]
+NEIGHBOURS += [("errors", "memory_maps"), ("devices", "gpu_layers"), ("kernels", "gpu_layers")]
 NEIGHBOURS += [("model_files", "timing"), ("plots", "timing"), ("models", "optimizers")]
-NEIGHBOURS += [("one_pass", "steps"), ("steps", "training")]
+NEIGHBOURS += [("one_pass", "steps"), ("fused", "steps"), ("steps", "training")]
 NEIGHBOURS += [("models", "gradients"), ("models", "regression")]
 NEIGHBOURS += [("doctor", "cli"), ("recordings", "cli"), ("cli", "__main__")]
 HEAVY = {"cupy", "cupyx", "matplotlib", "mpi4py", "numba"} | {

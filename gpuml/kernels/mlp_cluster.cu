@@ -8,13 +8,18 @@
 //
 // Launch: one cluster of CLUSTER blocks of THREADS threads, with SHARED_BYTES of dynamic shared
 // memory. All sums have a fixed order: the same bits each time.
+// Needs compute capability 8.0, and 9.0 for more than one block.
 
 #ifndef FEATURES  // the sizes are compiled in
 #define FEATURES 64
 #define HIDDEN 128
 #define OUTPUTS 10
 #define BATCH 64
-#define CLUSTER 8       // blocks: a power of two
+#if __CUDA_ARCH__ >= 900
+#define CLUSTER 8       // blocks: a power of two; on older GPUs 1
+#else
+#define CLUSTER 1
+#endif
 #define THREADS 256
 #define CLASSES 1       // 1: cross entropy of integer labels, 0: mean squared error
 #define OPTIMIZER 1     // 0: gradient descent, 1: with momentum, 2: Adam

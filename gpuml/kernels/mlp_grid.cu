@@ -6,6 +6,7 @@
 //
 // Launch: cooperatively, at most as many blocks as fit on the GPU together, of THREADS threads, with
 // SHARED_BYTES of dynamic shared memory. All sums have a fixed order: the same bits each time.
+// Needs compute capability 8.0.
 
 #ifndef SIZES  // the sizes are compiled in
 #define SIZES 784, 256, 128, 10  // features, units of each hidden layer, outputs

@@ -1,0 +1,256 @@
+"""What a step of training does between its products, on a GPU: one launch for each piece of work.
+
+To launch a kernel takes longer than a small array's arithmetic. So what array operations would do
+one after the other is fused here.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from gpuml.devices import Array
+from gpuml.kernels import load_kernel
+
+THREADS = 256
+MOST_BLOCKS = 132 * 16  # each thread of a large array takes several elements in turn
+
+
+def fused(xp: Any) -> bool:
+    """Return whether these kernels are for the arrays of a library: CuPy's, on NVIDIA GPUs."""
+    return xp is not np and not xp.cuda.runtime.is_hip
+
+
+def add_bias(z: Array, bias: Array, *, relu: bool) -> None:
+    """Add the biases to a layer's sums, and apply ReLU if wanted, in place.
+
+    Parameters
+    ----------
+    z : cupy.ndarray of shape (…, batch, units)
+        Contiguous; float32, float64 or bfloat16.
+    bias : cupy.ndarray of shape (…, 1, units)
+        float64 for z of float64, else float32.
+    relu : bool
+    """
+    vector = _vector(z, bias)
+    columns = z.shape[-1] // vector
+    n = z.size // vector
+    each = n // max(1, math.prod(bias.shape[:-2]))
+    _launch(
+        _relu_layer("relu_layer", bias.dtype.name, z.dtype.name, vector),
+        n,
+        (z, bias, np.int64(n), np.int32(columns), np.int64(each), np.int32(relu)),
+    )
+
+
+def relu_slope(d: Array, outputs: Array) -> None:
+    """Carry a gradient back through ReLU in place: zero where the layer's output was.
+
+    Parameters
+    ----------
+    d, outputs : cupy.ndarray of the same shape
+        Contiguous, of the same type: float32, float64 or bfloat16.
+    """
+    vector = _vector(d, outputs)
+    number = "float64" if d.dtype.name == "float64" else "float32"
+    kernel = _relu_layer("relu_layer_slope", number, d.dtype.name, vector)
+    n = d.size // vector
+    _launch(kernel, n, (d, outputs, np.int64(n)))
+
+
+def to_bfloat16(x: Array) -> Array:
+    """Return a float32 array rounded to bfloat16, to the nearest, ties to even."""
+    import cupy
+    from ml_dtypes import bfloat16
+
+    x = cupy.ascontiguousarray(x)
+    rounded = cupy.ndarray(x.shape, bfloat16)
+    vector = _vector(x)
+    n = x.size // vector
+    kernel = _relu_layer("relu_layer_round", "float32", "bfloat16", vector)
+    _launch(kernel, n, (x, rounded, np.int64(n)))
+    return rounded
+
+
+def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
+    """Return mean losses and their gradient; see :func:`gpuml.softmax_cross_entropy`.
+
+    Parameters
+    ----------
+    logits : cupy.ndarray of shape (…, batch, classes)
+        float32 or float64.
+    labels : integer cupy.ndarray of shape (…, batch) or (batch,)
+    """
+    import cupy
+
+    batch, classes = logits.shape[-2:]
+    logits = cupy.ascontiguousarray(logits)
+    labels = cupy.ascontiguousarray(labels, np.int64)
+    gradient = cupy.empty_like(logits)
+    rows = logits.size // classes
+    row_loss = cupy.empty(rows, logits.dtype)
+    value = cupy.empty(logits.shape[:-2], logits.dtype)
+    each, mean = _softmax(logits.dtype.name)
+    sizes = (np.int32(n) for n in (rows, classes, batch, labels.size))
+    each((-(-rows * 32 // THREADS),), (THREADS,), (logits, labels, gradient, row_loss, *sizes))
+    mean((max(1, value.size),), (THREADS,), (row_loss, value, np.int32(batch)))
+    return value, gradient
+
+
+def mean_squared_error(predictions: Array, targets: Array) -> tuple[Array, Array]:
+    """Return mean losses and their gradient; see :func:`gpuml.mean_squared_error`."""
+    scale = 1.0 / math.prod(predictions.shape[-2:])
+    gradient = _elementwise("T p, T t, T scale", "T d", "d = (p - t) * scale")(
+        predictions, targets, 2 * scale
+    )
+    # The mean of (p - t)², from d = 2 scale (p - t).
+    value = _sum_of_squares()(gradient, 1 / (4 * scale), axis=(-2, -1))
+    return value, gradient
+
+
+def gradient_descent(
+    parameters: Array, gradient: Array, velocity: Array | None, state: dict[str, Array]
+) -> None:
+    """Take a step of :class:`gpuml.GradientDescent` in place."""
+    decays = "weight_decay" in state
+    names = ["T rate", "T momentum"] if velocity is not None else ["T rate"]
+    arrays = [state["learning_rate"], *([state["momentum"]] if velocity is not None else [])]
+    step = "T s = g;"
+    if decays:
+        names += ["T decay", "T decaying"]
+        arrays += [state["weight_decay"], state["decaying"]]
+        step += "s += decay * decaying * p;"
+    if velocity is not None:
+        step += "s = v = momentum * v + s;"
+    outputs = "T p, T v" if velocity is not None else "T p"
+    kernel = _elementwise(", ".join(["T g", *names]), outputs, f"{step} p -= rate * s;")
+    kernel(gradient, *arrays, parameters, *(() if velocity is None else (velocity,)))
+
+
+def adam(parameters: Array, gradient: Array, state: dict[str, Array]) -> None:
+    """Take a step of :class:`gpuml.Adam` in place, the powers of β₁ and β₂ included."""
+    _elementwise("T b1, T b2", "T p1, T p2", "p1 *= b1; p2 *= b2;")(
+        state["beta1"], state["beta2"], state["beta1_power"], state["beta2_power"]
+    )
+    names = "T g, T rate, T b1, T b2, T epsilon, T p1, T p2"
+    rates = ["learning_rate", "beta1", "beta2", "epsilon", "beta1_power", "beta2_power"]
+    step = ""
+    if "weight_decay" in state:
+        names += ", T decay, T decaying"
+        rates += ["weight_decay", "decaying"]
+        step = "p -= rate * decay * decaying * p;"
+    step += (
+        "m = m * b1 + g * (1 - b1); v = v * b2 + g * g * (1 - b2);"
+        "p -= m / (sqrt(v) / sqrt(1 - p2) + epsilon) * (rate / (1 - p1));"
+    )
+    kernel = _elementwise(names, "T p, T m, T v", step)
+    kernel(gradient, *(state[name] for name in rates), parameters, state["m"], state["v"])
+
+
+class EpochEnd:
+    """Notes on the device how each epoch ended, in two launches.
+
+    Parameters
+    ----------
+    weights : cupy.ndarray
+        The flat vector that is trained.
+
+    Attributes
+    ----------
+    n_good : cupy.ndarray of shape ()
+        How many epochs ended well, one after the other from the first.
+    """
+
+    def __init__(self, weights: Array) -> None:
+        import cupy
+
+        self._weights = weights
+        self._fine = cupy.ones((), np.int32)
+        self.n_good = cupy.zeros((), np.int64)
+        options = (f"-DNUMBER={_c_type(weights.dtype.name)}", f"-DTHREADS={THREADS}")
+        self._end, self._keep = _pair("epoch_end", "epoch_end_keep", options)
+
+    def __call__(self, losses: Array, shares: Array, kept: Array) -> Array:
+        """Look at an epoch; if it and all before were good, copy the weights.
+
+        Parameters
+        ----------
+        losses : cupy.ndarray of shape (n_steps,)
+        shares : cupy.ndarray of float64, shape (n_steps,)
+            Of the epoch's samples in each step.
+        kept : cupy.ndarray
+            Gets the weights.
+
+        Returns
+        -------
+        cupy.ndarray of shape ()
+            The mean loss, in float64.
+        """
+        import cupy
+
+        n = self._weights.size
+        blocks = (min(MOST_BLOCKS, -(-n // THREADS)),)
+        mean = cupy.empty((), np.float64)
+        losses = cupy.ascontiguousarray(losses, self._weights.dtype)
+        sizes = np.int64(n), np.int32(losses.size)
+        self._end(
+            blocks,
+            (THREADS,),
+            (self._weights, sizes[0], losses, shares, sizes[1], self._fine, mean),
+        )
+        self._keep(blocks, (THREADS,), (self._weights, kept, sizes[0], self._fine, self.n_good))
+        return mean
+
+
+def _launch(kernel: Any, n: int, arguments: tuple[Any, ...]) -> None:
+    if n:
+        kernel((min(MOST_BLOCKS, -(-n // THREADS)),), (THREADS,), arguments)
+
+
+def _vector(*arrays: Array) -> int:
+    """Return how many elements one access may fetch: four, if rows and alignment allow it."""
+    fits = all(a.shape[-1] % 4 == 0 and a.data.ptr % (4 * a.itemsize) == 0 for a in arrays)
+    return 4 if fits else 1
+
+
+def _c_type(dtype: str) -> str:
+    return {"float32": "float", "float64": "double"}[dtype]
+
+
+@cache
+def _relu_layer(function: str, number: str, stored: str, vector: int) -> Any:
+    options = (
+        f"-DNUMBER={_c_type(number)}",
+        f"-DBFLOAT16={int(stored == 'bfloat16')}",
+        f"-DVECTOR={vector}",
+    )
+    return load_kernel("relu_layer", function, options=options)
+
+
+@cache
+def _softmax(number: str) -> tuple[Any, Any]:
+    options = (f"-DNUMBER={_c_type(number)}", f"-DTHREADS={THREADS}")
+    return _pair("softmax_cross_entropy", "softmax_cross_entropy_mean", options)
+
+
+def _pair(source: str, second: str, options: tuple[str, ...]) -> tuple[Any, Any]:
+    return load_kernel(source, options=options), load_kernel(source, second, options=options)
+
+
+@cache
+def _elementwise(inputs: str, outputs: str, operation: str) -> Any:
+    import cupy
+
+    return cupy.ElementwiseKernel(inputs, outputs, operation, "gpuml_elementwise")
+
+
+@cache
+def _sum_of_squares() -> Any:
+    import cupy
+
+    return cupy.ReductionKernel(
+        "T d, T scale", "T value", "d * d * scale", "a + b", "value = a", "0", "gpuml_squares"
+    )

@@ -1,0 +1,76 @@
+// What a layer does between its products, in place: z = max(z + bias, 0), and on the way back
+// d = 0 where the layer's output was 0. And rounding to bfloat16.
+//
+// Launch: any number of blocks of any number of threads, each with elements number first, first +
+// all threads, and so on. `n` counts groups of VECTOR elements.
+
+#ifndef NUMBER  // compiled in
+#define NUMBER float  // of sums and biases: float or double
+#define BFLOAT16 0    // 1: activations are stored in 16 bits
+#define VECTOR 4      // elements of one access; a divisor of the number of columns
+#endif
+
+using Number = NUMBER;
+#if BFLOAT16
+using Stored = unsigned short;
+__device__ Number widen(Stored x) { return __uint_as_float((unsigned)x << 16); }
+__device__ Stored narrow(Number x)
+{
+    unsigned bits = __float_as_uint(x);
+    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;  // not a number
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;      // to nearest, ties to even
+}
+#else
+using Stored = Number;
+__device__ Number widen(Stored x) { return x; }
+__device__ Stored narrow(Number x) { return x; }
+#endif
+
+template <class T>
+struct alignas(VECTOR * sizeof(T)) Vector {
+    T value[VECTOR];
+};
+
+__device__ long long first() { return (long long)blockIdx.x * blockDim.x + threadIdx.x; }
+__device__ long long all() { return (long long)gridDim.x * blockDim.x; }
+
+// Model number i / each has its own biases; `columns` and `each` count groups as well.
+extern "C" __global__
+void relu_layer(Vector<Stored>* z, const Vector<Number>* bias, long long n, int columns,
+                long long each, int relu)
+{
+    for (long long i = first(); i < n; i += all()) {
+        Vector<Stored> x = z[i];
+        Vector<Number> b = bias[i / each * columns + i % columns];
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) {
+            Number sum = widen(x.value[j]) + b.value[j];
+            x.value[j] = narrow(relu && sum < 0 ? 0 : sum);
+        }
+        z[i] = x;
+    }
+}
+
+extern "C" __global__
+void relu_layer_slope(Vector<Stored>* d, const Vector<Stored>* output, long long n)
+{
+    for (long long i = first(); i < n; i += all()) {
+        Vector<Stored> x = d[i], y = output[i];
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j)
+            if (!(widen(y.value[j]) > 0)) x.value[j] = 0;
+        d[i] = x;
+    }
+}
+
+extern "C" __global__
+void relu_layer_round(const Vector<Number>* x, Vector<Stored>* rounded, long long n)
+{
+    for (long long i = first(); i < n; i += all()) {
+        Vector<Number> in = x[i];
+        Vector<Stored> out;
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) out.value[j] = narrow(in.value[j]);
+        rounded[i] = out;
+    }
+}
