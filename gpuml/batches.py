@@ -108,12 +108,16 @@ class ArrayBatches:
     X, y : array
         As for :func:`batches`.
     batch_size : int
+
+    Attributes
+    ----------
+    arrays : tuple of X and y
     """
 
     streamed = False
 
     def __init__(self, X: Array, y: Array, batch_size: int) -> None:
-        self._X, self._y = X, y
+        self.arrays = self._X, self._y = X, y
         self.n_samples, self.batch_size = len(X), batch_size
         self.n_steps = -(-len(X) // batch_size)
 

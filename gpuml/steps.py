@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any, Literal, Protocol, TypeAlias
 
-from gpuml import one_pass
+from gpuml import fused, one_pass
 from gpuml.batches import Batches
 from gpuml.devices import Array, array_module
 from gpuml.errors import unknown_name
+from gpuml.fused import FusedStep
 from gpuml.losses import Loss, mean_squared_error
-from gpuml.models import Linear, Model
+from gpuml.matmul import Precision, captured_products, checked_precision
+from gpuml.models import MLP, Linear, Model
 from gpuml.optimizers import Optimizer, State
 from gpuml.regression import Gram
 
-Engine: TypeAlias = Literal["eager", "one_pass", "gram"]
-ENGINES = ("eager", "one_pass", "gram")
+Engine: TypeAlias = Literal["eager", "graph", "fused", "one_pass", "gram"]
+ENGINES = ("eager", "graph", "fused", "one_pass", "gram")
+
+# From so many steps on it pays to compile a kernel for the sizes of a model (a second or two, kept
+# on disk), or to load what captures products (half a second).
+FUSED_PAYS, GRAPH_PAYS = 400, 3000
 
 
 class Step(Protocol):
@@ -24,11 +32,14 @@ class Step(Protocol):
     ----------
     engine : str
         How it runs.
+    reason : str
+        Why not by a faster engine; empty if there is nothing to say.
     state : dict of str to array
         The optimizer's, which a schedule and a checkpoint see.
     """
 
     engine: str
+    reason: str
     state: State
 
     def __call__(self, x: Array, y: Array) -> Array:
@@ -52,19 +63,29 @@ class EagerStep:
     model : Model
     loss : callable
     optimizer : Optimizer
+    precision : {"float32", "tf32", "bfloat16"}, optional
+        How a GPU multiplies float32.
     """
 
     engine = "eager"
 
-    def __init__(self, model: Model, loss: Loss, optimizer: Optimizer) -> None:
+    def __init__(
+        self,
+        model: Model,
+        loss: Loss,
+        optimizer: Optimizer,
+        precision: Precision | None = None,
+    ) -> None:
         self._model, self._loss, self._optimizer = model, loss, optimizer
+        self._options: dict[str, Any] = {"precision": precision} if precision else {}
+        self.reason = ""
         self._parameters = model.parameters
         self._gradients = model.parameters.zeros_like()
         self._total: Any = None  # of the parts so far
         self.state = optimizer.init(model.parameters)
 
     def _gradient(self, x: Array, y: Array) -> Array:
-        predictions, backward = self._model.forward(self._parameters, x)
+        predictions, backward = self._model.forward(self._parameters, x, **self._options)
         value, d_predictions = self._loss(predictions, y)
         backward(d_predictions, self._gradients)
         return value
@@ -88,6 +109,85 @@ class EagerStep:
         """Take the step for which all parts have been added."""
         self._optimizer.update(self._parameters, self._total, self.state)
         self._total.flat[...] = 0
+
+
+class GraphStep(EagerStep):
+    """The same work, captured once for each shape of a batch and then replayed in one launch.
+
+    The first batch of a shape is trained on eagerly, which loads and compiles all that is
+    needed; the second is captured. What a graph uses stays where it is: parameters, state, and a
+    memory pool of its own.
+    """
+
+    engine = "graph"
+
+    def __init__(
+        self,
+        model: Model,
+        loss: Loss,
+        optimizer: Optimizer,
+        precision: Precision | None = None,
+    ) -> None:
+        super().__init__(model, loss, optimizer, precision)
+        cuda = model.device.xp.cuda
+        self._pool = cuda.MemoryPool()
+        self._stream = cuda.Stream()  # it and the usual stream wait for each other
+        self._graphs: dict[Any, _Graph | None] = {}
+
+    def __call__(self, x: Array, y: Array) -> Array:
+        """Take a step on a batch; return the loss before it."""
+        if self.engine == "eager":
+            return super().__call__(x, y)
+        shape = x.shape, y.shape
+        if shape not in self._graphs:
+            self._graphs[shape] = None
+            with self._stream, self._allocator():
+                return super().__call__(x, y)
+        graph = self._graphs[shape] or self._capture(x, y)
+        if graph is None:
+            return super().__call__(x, y)
+        self._graphs[shape] = graph
+        xp = self._model.device.xp
+        with self._stream:
+            xp.copyto(graph.x, x)
+            xp.copyto(graph.y, y)
+            graph.graph.launch()
+        return graph.loss
+
+    def _allocator(self) -> Any:
+        return self._model.device.xp.cuda.using_allocator(self._pool.malloc)
+
+    def _capture(self, x: Array, y: Array) -> _Graph | None:
+        """Return the graph of a step, or None and say why there is none."""
+        try:
+            with self._stream as stream, self._allocator(), captured_products(stream) as handle:
+                x, y = x.copy(), y.copy()
+                stream.begin_capture()
+                try:
+                    loss = super().__call__(x, y)
+                finally:
+                    graph = stream.end_capture()
+        except Exception as error:  # CuPy and CUDA have many ways to say no
+            self.engine = "eager"
+            self.reason = f"not graph, since the step cannot be captured: {_line(error)}"
+            return None
+        return _Graph(graph, x, y, loss, handle)
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A captured step, and the memory that it reads and writes."""
+
+    graph: Any
+    x: Array
+    y: Array
+    loss: Array
+    handle: Any
+
+
+def _line(error: Exception) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
 
 
 class OnePassStep(EagerStep):
@@ -125,8 +225,15 @@ class GramStep(EagerStep):
 
 
 def make_step(
-    model: Model, loss: Loss, optimizer: Optimizer, data: Batches, engine: Engine | None
-) -> Step:
+    model: Model,
+    loss: Loss,
+    optimizer: Optimizer,
+    data: Batches,
+    engine: Engine | None,
+    precision: Precision | None = None,
+    *,
+    n_epochs: int = 1,
+) -> Step | FusedStep:
     """Put the step together, by the engine that is asked for or the best that can hold it.
 
     Parameters
@@ -135,11 +242,15 @@ def make_step(
     loss : callable
     optimizer : Optimizer
     data : Batches
-    engine : {"eager", "one_pass", "gram"} or None
+    engine : {"eager", "graph", "fused", "one_pass", "gram"} or None
+    precision : {"float32", "tf32", "bfloat16"}, optional
+        How a GPU multiplies float32.
+    n_epochs : int
+        How often the data will pass: for few steps nothing is compiled.
 
     Returns
     -------
-    Step
+    Step or FusedStep
 
     Raises
     ------
@@ -148,25 +259,98 @@ def make_step(
     """
     if engine is not None and engine not in ENGINES:
         raise ValueError(unknown_name("engine", engine, ENGINES))
-    if engine == "eager":
-        return EagerStep(model, loss, optimizer)
-    if engine == "gram":
-        if type(model) is not Linear or loss is not mean_squared_error:
-            raise ValueError("engine='gram' is for Linear models and the mean squared error")
-        if data.batch_size < data.n_samples:
-            raise ValueError("engine='gram' is for full batches: batch_size=None")
-        return GramStep(model, loss, optimizer, data)
-    x, _ = next(iter(data.epoch(None)))
-    reason: str | None = "it is for the mean squared error"
-    if loss is mean_squared_error:
-        reason = one_pass.limit(model, x)
-    if engine == "one_pass" and reason:
-        raise ValueError(f"engine='one_pass' cannot train this: {reason}")
-    if reason is None and (engine == "one_pass" or one_pass.pays(model, x)):
+    checked_precision(precision, model.dtype)
+    chosen: list[str] = [engine] if engine else ["fused", "one_pass", "graph", "eager"]
+    reasons: list[str] = []
+    for name in chosen:
+        reason = _limit(name, model, loss, optimizer, data, precision)
+        if reason is None and not engine:
+            reason = _does_not_pay(name, model, data, n_epochs)
+        if reason is None:
+            step: Step | FusedStep = _made(name, model, loss, optimizer, data, precision)
+            step.reason = "; ".join(reasons)
+            return step
+        if engine:
+            raise ValueError(f"engine='{engine}' cannot train this: {reason}")
+        if name in ("fused", "graph") and model.device.kind == "gpu" and reason:
+            reasons.append(f"not {name}, since {reason}")
+    raise AssertionError("the eager engine trains everything")
+
+
+def _made(
+    name: str,
+    model: Model,
+    loss: Loss,
+    optimizer: Optimizer,
+    data: Batches,
+    precision: Precision | None,
+) -> Any:
+    if name == "fused":
+        return FusedStep(model, loss, optimizer, data)  # type: ignore[arg-type]
+    if name == "gram":
+        return GramStep(model, loss, optimizer, data)  # type: ignore[arg-type]
+    if name == "one_pass":
         return OnePassStep(model, loss, optimizer)
-    return EagerStep(model, loss, optimizer)
+    return {"graph": GraphStep, "eager": EagerStep}[name](model, loss, optimizer, precision)
 
 
-def set_learning_rate(step: Step, base: Array, factor: float) -> None:
+def _limit(
+    name: str,
+    model: Model,
+    loss: Loss,
+    optimizer: Optimizer,
+    data: Batches,
+    precision: Precision | None,
+) -> str | None:
+    """Return why an engine cannot train a model, or None if it can."""
+    low = precision in ("tf32", "bfloat16")
+    if name in ("fused", "one_pass", "gram") and low:
+        return f"it multiplies in float32, and precision is {precision}"
+    if name == "fused":
+        return fused.limit(model, loss, optimizer, data)
+    if name == "gram":
+        if type(model) is not Linear or loss is not mean_squared_error:
+            return "it is for Linear models and the mean squared error"
+        return (
+            None if data.batch_size >= data.n_samples else "it is for full batches: batch_size=None"
+        )
+    if name == "one_pass":
+        if loss is not mean_squared_error:
+            return "it is for the mean squared error"
+        x, _ = next(iter(data.epoch(None)))
+        return one_pass.limit(model, x)
+    if name == "graph":
+        return _graph_limit(model, data)
+    return None
+
+
+def _graph_limit(model: Model, data: Batches) -> str | None:
+    if model.device.kind == "cpu":
+        return "graphs are for GPUs"
+    if model.device.xp.cuda.runtime.is_hip:
+        return "graphs are for NVIDIA GPUs"
+    if find_spec("nvmath") is None:
+        return "nvmath-python is not installed: pip install nvmath-python"
+    if data.streamed and data.batch_size >= data.n_samples:
+        return "a full batch comes in parts"
+    return None
+
+
+def _does_not_pay(name: str, model: Model, data: Batches, n_epochs: int) -> str | None:
+    """Return why an engine is not worth its start, "" if that goes without saying, or None."""
+    n_steps = data.n_steps * n_epochs
+    if name == "fused" and n_steps < FUSED_PAYS:
+        return f"compiling pays from {FUSED_PAYS} steps on"
+    if name == "graph" and type(model) not in (Linear, MLP):
+        return "a model of one's own may do more than launch kernels: engine='graph' tries"
+    if name == "graph" and n_steps < GRAPH_PAYS:
+        return f"capturing pays from {GRAPH_PAYS} steps on"
+    if name == "one_pass":
+        x, _ = next(iter(data.epoch(None)))
+        return None if one_pass.pays(model, x) else ""
+    return None
+
+
+def set_learning_rate(step: Step | FusedStep, base: Array, factor: float) -> None:
     """Multiply the base learning rate by a schedule's factor, where the step reads it."""
     array_module(base).multiply(base, factor, out=step.state["learning_rate"])

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from numbers import Real
 from os import PathLike
 from pathlib import Path
@@ -27,8 +28,11 @@ from gpuml.blocking import parse_size
 from gpuml.checkpoints import fingerprint_data, load_checkpoint, save_checkpoint
 from gpuml.devices import CPU, Array, Device, array_module, blas_threads, device_of, to_host
 from gpuml.errors import DataError, GpumlError
+from gpuml.fused import FusedStep
+from gpuml.gpu_layers import EpochEnd, fused
 from gpuml.history import History
 from gpuml.losses import Loss, get_loss, mean_squared_error, softmax_cross_entropy
+from gpuml.matmul import Precision
 from gpuml.memory_maps import mapped_file
 from gpuml.model_files import check_place
 from gpuml.models import Linear, Model
@@ -44,6 +48,9 @@ HEARTBEAT = 0.5
 
 # The share of a GPU's free memory that data are copied to as a whole; larger data are streamed.
 DATA_SHARE = 0.5
+
+# Steps that a fused kernel takes in one launch, at most: after so many the progress bar moves.
+CHUNK_STEPS = 2**14
 
 # Rows in one forward pass where no gradient is needed; it bounds the memory.
 EVALUATED_ROWS = 8192
@@ -91,6 +98,7 @@ def train(
     checkpoint_every: int | str = 1,
     memory_limit: int | str | None = None,
     engine: Engine | None = None,
+    precision: Precision | None = None,
     progress: bool | None = None,
 ) -> History:
     """Train a model in place, on the device where it lives, and return what happened.
@@ -137,10 +145,17 @@ def train(
     memory_limit : int or str, optional
         Device memory for data, such as ``"2 GiB"``, shared with the validation data; half of
         what is free unless given. What is larger is streamed.
-    engine : {"eager", "one_pass", "gram"}, optional
-        How a step runs; the best that can hold it unless given. ``"one_pass"`` reads the batch
-        of a linear model once. ``"gram"``, never chosen by itself, takes full-batch least
-        squares from XᵀX and XᵀY: see :class:`gpuml.Gram` for its rounding.
+    engine : {"eager", "graph", "fused", "one_pass", "gram"}, optional
+        How the steps run; the best that can hold the model unless given, which the history
+        names. ``"eager"``: operation by operation. ``"graph"``: each step captured once as a
+        CUDA graph. ``"fused"``: small MLPs, many steps in one launch of a kernel of our own.
+        ``"one_pass"``: a batch is read once, by a linear model. ``"gram"``, never chosen by
+        itself, takes full-batch least squares from XᵀX and XᵀY: see :class:`gpuml.Gram` for
+        its rounding.
+    precision : {"float32", "tf32", "bfloat16"}, optional
+        How a GPU multiplies float32: exactly unless given. With ``"bfloat16"`` activations are
+        stored in 16 bits too; weights, gradients and their updates stay float32. A CPU
+        multiplies exactly.
     progress : bool, optional
         Whether to show a progress bar on standard error; if that is a terminal unless given.
 
@@ -191,14 +206,15 @@ def train(
         held_out = None
         if validation_data is not None:
             held_out = _source(model, *validation_data, loss, EVALUATED_ROWS, limit, smaller=True)
-        step = make_step(model, loss, optimizer, data, engine)
+        step = make_step(model, loss, optimizer, data, engine, precision, n_epochs=n_epochs)
         history = History(
             device=str(model.device),
             engine=step.engine,
             n_samples=data.n_samples,
             batch_size=data.batch_size,
         )
-        run = _Run(model, data, held_out, loss, step, history)
+        kind = _FusedRun if isinstance(step, FusedStep) else _Run
+        run = kind(model, data, held_out, loss, step, history)
         run.generator = np.random.default_rng(seed) if shuffle else None
         run.schedule = None if schedule is None else get_schedule(schedule)
         run.patience = patience
@@ -208,6 +224,7 @@ def train(
                 "loss": _named(loss),
                 "optimizer": _settings(optimizer),
                 "engine": step.engine,
+                "precision": precision,
                 "device": model.device.kind,
                 "batch size": data.batch_size,
                 "rows in a chunk": getattr(data, "chunk_rows", None),
@@ -239,6 +256,9 @@ def train(
                 message = _explain(error, named, optimizer, history, model, loss)
                 raise DivergenceError(message, history) from None
             raise
+        history.engine = step.engine
+        if step.reason:
+            history.notes.insert(0, f"engine {step.engine}: {step.reason}")
     return history
 
 
@@ -255,11 +275,12 @@ class _Run:
         data: Batches,
         held_out: Batches | None,
         loss: Loss,
-        step: Step,
+        step: Step | FusedStep,
         history: History,
     ) -> None:
         self.model, self.data, self.held_out = model, data, held_out
-        self.loss, self.step, self.history = loss, step, history
+        self.loss, self.history = loss, history
+        self.step: Any = step
         self.generator: np.random.Generator | None = None
         self.schedule: Schedule | None = None
         self.patience: int | None = None
@@ -275,7 +296,11 @@ class _Run:
         # Row, losses, mean loss and end of each epoch not looked at yet; and how many epochs,
         # counted from the very first, ended well, and how many of those the history tells of.
         self.pending: list[tuple[dict[str, float], Array, Array, Any]] = []
+        self.end = EpochEnd(self.flat) if fused(xp) else None
+        self.shares: tuple[Array, Array] | None = None  # for `end`: sizes, and their shares there
         self.fine, self.n_good = xp.ones((), bool), xp.zeros((), np.int64)
+        if self.end is not None:
+            self.n_good = self.end.n_good
         self.n_told = 0
         rate = step.state.get("learning_rate")
         self.base_rate = None if rate is None else rate.copy()
@@ -283,8 +308,18 @@ class _Run:
 
     def train(self, n_epochs: int, bar: _ProgressBar) -> None:
         """Train to the end, or until patience runs out."""
-        looked = time.monotonic()
         self.clock.start()
+        self._epochs(n_epochs, bar)
+        if self.checkpoint is not None:
+            self.checkpoint.save(self)
+        if self.best is not None:
+            if self._out_of_patience():
+                self.history.notes.append(f"stopped early: not better since epoch {self.best[1]}")
+            self.flat[...] = self.best[2]
+
+    def _epochs(self, n_epochs: int, bar: _ProgressBar) -> None:
+        """Train epoch by epoch."""
+        looked = time.monotonic()
         each = self.held_out is not None or self.checkpoint is not None
         for epoch in range(len(self.history) + 1, n_epochs + 1):
             if self._out_of_patience():
@@ -300,12 +335,6 @@ class _Run:
                 self.look(bar)
                 looked = time.monotonic()
         self.look(bar)
-        if self.checkpoint is not None:
-            self.checkpoint.save(self)
-        if self.best is not None:
-            if self._out_of_patience():
-                self.history.notes.append(f"stopped early: not better since epoch {self.best[1]}")
-            self.flat[...] = self.best[2]
 
     def _one_epoch(self, bar: _ProgressBar) -> None:
         """Take a step for each batch."""
@@ -336,13 +365,20 @@ class _Run:
 
     def _note(self, row: dict[str, float]) -> None:
         """Note on the device whether the epoch ended well, and if so its weights."""
-        xp = self.xp
-        self.fine &= xp.isfinite(self.losses).all() & xp.isfinite(self.flat).all()
-        mean = self.losses.astype(np.float64) @ self.model.device.asarray(
-            self.sizes / self.sizes.sum()
-        )
-        xp.copyto(self.good[int(row["epoch"]) % 2], self.flat, where=self.fine)
-        self.n_good += self.fine
+        kept = self.good[int(row["epoch"]) % 2]
+        if self.end is not None:
+            if self.shares is None or not np.array_equal(self.shares[0], self.sizes):
+                share = self.model.device.asarray(self.sizes / self.sizes.sum())
+                self.shares = self.sizes.copy(), share
+            mean = self.end(self.losses, self.shares[1], kept)
+        else:
+            xp = self.xp
+            self.fine &= xp.isfinite(self.losses).all() & xp.isfinite(self.flat).all()
+            mean = self.losses.astype(np.float64) @ self.model.device.asarray(
+                self.sizes / self.sizes.sum()
+            )
+            xp.copyto(kept, self.flat, where=self.fine)
+            self.n_good += self.fine
         self.pending.append((row, self.losses, mean, self.clock.now()))
 
     def look(self, bar: _ProgressBar | None) -> None:
@@ -416,7 +452,7 @@ class _Run:
             loss, epoch = state["best"]
             self.best = loss, epoch, self.model.device.asarray(arrays["best"])
         self.history.columns = {name: list(values) for name, values in state["columns"].items()}
-        self.clock.before = self.history.seconds
+        self.clock.before = self.clock.told = self.history.seconds
         self.n_told = len(self.history)
         self.n_good[...] = self.n_told
 
@@ -432,6 +468,161 @@ class _Run:
             "best": self.best and self.best[:2],
         }
         return {name: to_host(array) for name, array in arrays.items()}, state
+
+
+@dataclass
+class _Chunk:
+    """Some epochs that a fused kernel trains in one launch."""
+
+    rows: list[dict[str, float]]
+    before: list[Array]  # copies of all that training changes
+    order: Array
+    rates: Array
+    losses: Array
+    pinned: Any  # what is copied from it must stay
+    fine: Any = None  # whether the weights are finite after it; None until it is launched
+    end: Any = None
+    done: Any = None
+
+
+class _FusedRun(_Run):
+    """Training by an engine that takes several epochs in one launch.
+
+    While the device trains on one chunk of epochs, the host draws the order of the next. A chunk
+    that does not end well is taken back, and its good epochs are trained once more.
+    """
+
+    step: Any
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.chunks: list[_Chunk] = []  # launched, and not looked at
+        self.copies = self.xp.cuda.Stream(non_blocking=True)
+
+    def _epochs(self, n_epochs: int, bar: _ProgressBar) -> None:
+        """Train chunk by chunk, each twice as long as the one before."""
+        alone = self.held_out is not None or self.checkpoint is not None
+        size = 1
+        while not self._out_of_patience():
+            first = self.n_told + sum(len(chunk.rows) for chunk in self.chunks)
+            n = min(n_epochs - first, self._most(first, size))
+            if n < 1:
+                break
+            self._launch(range(first, first + n), n_epochs)
+            if alone or len(self.chunks) > 1:
+                self.look(bar)
+            size = min(2 * size, max(1, CHUNK_STEPS // self.data.n_steps))
+        while self.chunks:
+            self.look(bar)
+
+    def _most(self, first: int, size: int) -> int:
+        """Return how many epochs may follow each other without a look."""
+        if self.held_out is not None:
+            return 1
+        if self.checkpoint is not None and self.checkpoint.seconds is None:
+            return min(size, self.checkpoint.epochs - first % self.checkpoint.epochs)
+        return size
+
+    def _launch(self, epochs: range, n_epochs: int) -> None:
+        """Queue some epochs."""
+        import cupyx
+
+        xp, n, n_steps = self.xp, self.data.n_samples, self.data.n_steps
+        order = cupyx.empty_pinned((len(epochs), n), np.int32)
+        rates = cupyx.empty_pinned(len(epochs), np.float32)
+        rows = []
+        base = float(to_host(self.base_rate))
+        for i, epoch in enumerate(epochs):
+            order[i] = np.arange(n) if self.generator is None else self.generator.permutation(n)
+            row: dict[str, float] = {"epoch": epoch + 1, "loss": math.nan}
+            rates[i] = base
+            if self.schedule is not None:
+                factor = factor_of(self.schedule, epoch, n_epochs)
+                rates[i] = np.float32(base) * np.float32(factor)
+                row["learning_rate"] = base * factor
+            rows.append(row)
+        chunk = _Chunk(
+            rows=rows,
+            before=[array.copy() for array in self.step.changing],
+            order=xp.empty(order.shape, np.int32),
+            rates=xp.empty(len(epochs), np.float32),
+            losses=xp.empty((len(epochs), n_steps), np.float32),
+            pinned=(order, rates),
+        )
+        chunk.order.set(order)
+        chunk.rates.set(rates)
+        self.chunks.append(chunk)
+        self.step.launch(chunk.order, chunk.rates, chunk.losses)
+        chunk.end = self.clock.now()
+        fine = xp.isfinite(self.flat).all()
+        if self.schedule is not None:
+            self.step.state["learning_rate"][...] = chunk.rates[-1]
+        chunk.done = Trace.event()
+        chunk.fine = fine
+
+    def look(self, bar: _ProgressBar | None) -> None:
+        """Bring the oldest chunk's losses to the host; measure, and write the checkpoint."""
+        if not self.chunks:
+            return
+        chunk = self.chunks[0]
+        with self.copies as stream:  # so that the host does not wait for the chunk behind it
+            stream.wait_event(chunk.done)
+            losses, fine = to_host(chunk.losses), bool(to_host(chunk.fine))
+        good = np.isfinite(losses).all(axis=1)
+        if not fine and good.all():
+            good[-1] = False
+        n_good = int(good.argmin()) if not good.all() else len(good)
+        if n_good < len(good):
+            self._take_back(chunk, n_good)
+        self._tell(chunk, losses[:n_good], bar)
+        if n_good < len(good):
+            raise _not_finite(losses[n_good])
+        del self.chunks[0]
+        if self.checkpoint is not None and bar is not None and self.checkpoint.due(self.history):
+            self.checkpoint.save(self)
+
+    def _tell(self, chunk: _Chunk, losses: np.ndarray[Any, Any], bar: _ProgressBar | None) -> None:
+        """Add the epochs of a chunk to the history; interrupted, it can be called again."""
+        sizes = np.full(self.data.n_steps, self.data.batch_size, float)
+        sizes[-1] = self.data.n_samples - sizes[:-1].sum()
+        begin, end = self.clock.told, self.clock.seconds(chunk.end)
+        for i, (row, epoch) in enumerate(zip(chunk.rows, losses.astype(float), strict=False)):
+            if row["epoch"] <= self.n_told:
+                continue
+            row["loss"] = float(epoch @ (sizes / self.data.n_samples))
+            row["seconds"] = begin + (end - begin) * (i + 1) / len(chunk.rows)
+            if self.held_out is not None and bar is not None:
+                seconds = row.pop("seconds")
+                self._measure(row)
+                row["seconds"] = max(seconds, self.clock.seconds(self.clock.now()))
+            self.history.append(row)
+            self.n_told += 1
+            if bar is not None:
+                bar.show_epoch(row)
+        self.clock.told = self.history.seconds
+
+    def _take_back(self, chunk: _Chunk, n_good: int) -> None:
+        """Go back to the beginning of a chunk, and train only its good epochs."""
+        self.chunks = []
+        for array, before in zip(self.step.changing, chunk.before, strict=True):
+            array[...] = before
+        if n_good:
+            self.step.launch(
+                chunk.order[:n_good], chunk.rates[:n_good], self.xp.empty_like(chunk.losses)
+            )
+
+    def give_up(self) -> None:
+        """Go back to the last epoch that ended well, the last of the history."""
+        self.history.truncate(self.n_told)
+        if not self.n_told:
+            self.history.columns.clear()
+        self.model.device.synchronize()
+        with suppress(_NotFiniteError):
+            while self.chunks and self.chunks[0].fine is not None and self.held_out is None:
+                self.look(None)
+        if self.chunks:
+            chunk = self.chunks[0]
+            self._take_back(chunk, self.n_told - int(chunk.rows[0]["epoch"]) + 1)
 
 
 class _Checkpoint:
@@ -484,6 +675,7 @@ class _Clock:
     def __init__(self, device: Device) -> None:
         self.device = device
         self.before = 0.0  # what was trained before it was taken up again
+        self.told = 0.0  # the end of the last epoch in the history
         self.begin: Any = None
 
     def start(self) -> None:

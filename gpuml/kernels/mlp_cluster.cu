@@ -28,7 +28,7 @@
 
 #include "mlp_step.cuh"
 
-constexpr int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
+__device__ constexpr int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
 constexpr int SHARE = (HIDDEN + CLUSTER - 1) / CLUSTER;  // hidden units of a block
 constexpr int UNITS = round_up(SHARE, 8), DEPTH = round_up(FEATURES, 8);

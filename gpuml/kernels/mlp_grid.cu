@@ -13,6 +13,7 @@
 #define BATCH 128
 #define CLASSES 1       // 1: cross entropy of integer labels, 0: mean squared error
 #define OPTIMIZER 1     // 0: gradient descent, 1: with momentum, 2: Adam
+#define SPACE 49152     // numbers in shared memory for the factors of a product
 #define SHARED_BYTES 0  // 0: not checked
 #endif
 
@@ -34,7 +35,6 @@ constexpr int ROWS = (BATCH + 15) / 16 * 16;
 constexpr int THREADS = 256, WARPS = THREADS / 32;
 constexpr int TILE = 16;              // rows and columns of what a warp computes
 constexpr int TALL = 64, WIDE = 32;   // of what a block computes where each warp has its own part
-constexpr int SPACE = 48 * 1024;      // numbers in shared memory for the factors of a product
 static_assert(THREADS == TILE * TILE && WARPS * TILE * TILE == TALL * WIDE, "tiles and threads");
 static_assert((INPUTS + 1) * OUTPUTS <= SPACE, "the last layer's weights");
 
