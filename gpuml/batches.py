@@ -319,13 +319,14 @@ class StreamedBatches:
         import cupy
 
         shapes = [(self.chunk_rows, width) for width in self._widths]
-        places = deque(
+        every = [
             _Place([cupy.empty(s, t) for s, t in zip(shapes, self._types, strict=True)])
             for _ in range(CHUNKS)
-        )
+        ]
+        places = deque(every)
         coming: deque[tuple[_Place, Chunk, list[Any], int]] = deque()
         with (
-            self._waiting_for(coming),
+            self._waiting_for(every),
             Stager(self._device, copy_threads(), Trace.none()) as stager,
         ):
             more = True
@@ -354,12 +355,12 @@ class StreamedBatches:
 
     @staticmethod
     @contextmanager
-    def _waiting_for(coming: deque[tuple[_Place, Chunk, list[Any], int]]) -> Iterator[None]:
+    def _waiting_for(places: list[_Place]) -> Iterator[None]:
         """Wait at the end for chunks that nobody asked for: their memory is about to be reused."""
         try:
             yield
         finally:
-            for place, *_ in coming:
+            for place in places:
                 place.stream.synchronize()
 
     def _load(self, place: _Place, chunk: Chunk, stager: Stager) -> tuple[list[Any], int]:

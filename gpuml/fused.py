@@ -271,20 +271,22 @@ def _compiled(plan: Plan, device: int) -> Any:
 
 
 @cache
-def _attributes(device: int) -> dict[str, int]:
+def _properties(device: int) -> dict[str, Any]:
     import cupy
 
-    return dict(cupy.cuda.Device(device).attributes)
+    found = dict(cupy.cuda.runtime.getDeviceProperties(device))
+    most = cupy.cuda.Device(device).attributes.get("MaxSharedMemoryPerBlockOptin")
+    return found | {"shared": int(most or found["sharedMemPerBlock"])}
 
 
 def _capability(device: int) -> tuple[int, int]:
-    found = _attributes(device)
-    return found["ComputeCapabilityMajor"], found["ComputeCapabilityMinor"]
+    found = _properties(device)
+    return int(found["major"]), int(found["minor"])
 
 
 def _shared_memory(device: int) -> int:
-    return _attributes(device)["MaxSharedMemoryPerBlockOptin"]
+    return int(_properties(device)["shared"])
 
 
 def _n_processors(device: int) -> int:
-    return _attributes(device)["MultiProcessorCount"]
+    return int(_properties(device)["multiProcessorCount"])

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from gpuml.devices import Array
+from gpuml.devices import Array, array_module
 from gpuml.kernels import load_kernel
 
 THREADS = 256
@@ -35,6 +35,8 @@ def add_bias(z: Array, bias: Array, *, relu: bool) -> None:
         float64 for z of float64, else float32.
     relu : bool
     """
+    if not bias.flags.c_contiguous:  # those of a population lie apart
+        bias = array_module(bias).ascontiguousarray(bias)
     vector = _vector(z, bias)
     columns = z.shape[-1] // vector
     n = z.size // vector
@@ -109,6 +111,32 @@ def mean_squared_error(predictions: Array, targets: Array) -> tuple[Array, Array
     # The mean of (p - t)², from d = 2 scale (p - t).
     value = _sum_of_squares()(gradient, 1 / (4 * scale), axis=(-2, -1))
     return value, gradient
+
+
+def quadratic_loss(
+    product: Array, target: Array, weights: Array, constant: Array, scale: float, gradient: Array
+) -> Array:
+    """Return scale · Σ ((product - 2 target) weights + constant), and write its gradient.
+
+    With product = A weights, for a symmetric A, the gradient is 2 scale (product - target).
+
+    Parameters
+    ----------
+    product, target, weights : cupy.ndarray of float64, shape (…, inputs, outputs)
+    constant : cupy.ndarray of float64, shape ()
+    scale : float
+    gradient : cupy.ndarray of shape (…, inputs · outputs)
+        Of any type.
+
+    Returns
+    -------
+    cupy.ndarray of float64, shape (…)
+    """
+    flat = gradient.reshape(product.shape)
+    _elementwise("T p, T t, T scale", "S g", "g = 2 * scale * (p - t)")(
+        product, target, scale, flat
+    )
+    return _quadratic()(product, target, weights, constant, scale, axis=(-2, -1))
 
 
 def gradient_descent(
@@ -253,4 +281,19 @@ def _sum_of_squares() -> Any:
 
     return cupy.ReductionKernel(
         "T d, T scale", "T value", "d * d * scale", "a + b", "value = a", "0", "gpuml_squares"
+    )
+
+
+@cache
+def _quadratic() -> Any:
+    import cupy
+
+    return cupy.ReductionKernel(
+        "T p, T t, T w, T c, T scale",
+        "T value",
+        "scale * ((p - 2 * t) * w + c)",
+        "a + b",
+        "value = a",
+        "0",
+        "gpuml_quadratic",
     )

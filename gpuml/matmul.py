@@ -22,6 +22,7 @@ PRECISIONS = ("float32", "tf32", "bfloat16")
 # Up to this size matrices go to our own kernel, many at a time: the memory's bandwidth is the
 # limit there, and cuBLAS reaches 10 to 70 % of it (tests/benchmarks/batched.py).
 SMALL = 32
+WORKSPACE_BYTES = 32 * 2**20  # for cuBLAS inside a graph: what its manual advises for Hopper
 FEWEST_SMALL = 256  # products; for fewer, compiling a kernel for their shape does not pay
 SMALL_THREADS = 128
 SHARED_BYTES = 48 * 1024  # what a block may have without asking
@@ -40,7 +41,7 @@ def matmul(
     ----------
     a : array of shape (…, M, K)
     b : array of shape (…, K, N)
-        On the same device, of the same type; transposed and strided views are fine.
+        On the same device; transposed and strided views are fine.
     out : array of shape (…, M, N), optional
         Where to write the result; float32 where `a` and `b` are bfloat16, or their type.
     precision : {"float32", "tf32", "bfloat16"}, optional
@@ -59,7 +60,7 @@ def matmul(
     xp = array_module(a, b)
     if xp is np:
         return np.matmul(a, b, out=out)
-    if xp.cuda.runtime.is_hip or a.dtype.kind not in "fcV":
+    if xp.cuda.runtime.is_hip or a.dtype.kind not in "fcV" or a.dtype != b.dtype:
         return xp.matmul(a, b, out=out)
     if out is None:
         stack = a.shape[:-2]
@@ -109,12 +110,15 @@ class _Handle:
     """A handle of cuBLAS's for one graph."""
 
     def __init__(self, stream: Any) -> None:
+        from cupy.cuda import alloc
         from nvmath.bindings import cublas
 
         self._cublas = cublas
         self.multiply = cublas.gemm_strided_batched_ex
         self.number = cublas.create()
         cublas.set_stream(self.number, stream.ptr)
+        self._space = alloc(WORKSPACE_BYTES)  # else a graph takes and frees some each time
+        cublas.set_workspace(self.number, self._space.ptr, WORKSPACE_BYTES)
 
     def __del__(self) -> None:
         if hasattr(self, "number"):

@@ -162,7 +162,10 @@ def _on_gpu(
     if X.data.ptr % 16 or n_features % vector:
         vector = 1
     shape = _shape(n_features, n_outputs, X.itemsize, vector)
-    assert shape is not None
+    if shape is None:  # whole vectors for each thread are too many registers
+        vector = 1
+        shape = _shape(n_features, n_outputs, X.itemsize, vector)
+    assert shape is not None, "limit() says what fits"
     lanes, values, rows = shape
     sizes = {
         "ELEMENT": {4: "float", 8: "double"}[X.itemsize],

@@ -6,12 +6,15 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from gpuml import gpu_layers
 from gpuml.devices import Array, Device, array_module, device_of, get_device
 from gpuml.errors import DataError
+from gpuml.gpu_layers import fused
 from gpuml.matmul import matmul
 from gpuml.memory_maps import in_memory
 from gpuml.models import Linear, Parameters
@@ -408,6 +411,11 @@ class Gram:
         with device_of(self.xx).use():
             xp = array_module(weights, self.xx)
             half = matmul(self.xx, weights)
+            if fused(xp):
+                value = gpu_layers.quadratic_loss(
+                    half, self.xy, weights, self._yy_each, scale, gradients.flat
+                )
+                return value, gradients
             half -= self.xy
             inner = half - self.xy
             inner *= weights
@@ -415,6 +423,11 @@ class Gram:
             flat = gradients.flat
             xp.multiply(half.reshape(flat.shape), 2 * scale, out=flat)
         return value, gradients
+
+    @cached_property
+    def _yy_each(self) -> Array:
+        """The sum of yy in equal parts, one for each weight, to be summed with them."""
+        return self.yy.sum() / math.prod(self.xy.shape)
 
     def loss_rounding(self, parameters: Parameters) -> Array:
         """Return by how much rounding may have moved the loss: ε √n times what was added up.

@@ -102,20 +102,10 @@ def test_every_engine_has_a_name_that_train_takes():
         assert f'"{engine}"' in training.train.__doc__
 
 
-class Attributes:
-    """A GPU of which only the numbers are known."""
-
-    def __init__(self, patch, capability=(9, 0), shared=227 * 1024, processors=132):
-        patch.setattr(
-            fused,
-            "_attributes",
-            lambda index: {
-                "ComputeCapabilityMajor": capability[0],
-                "ComputeCapabilityMinor": capability[1],
-                "MaxSharedMemoryPerBlockOptin": shared,
-                "MultiProcessorCount": processors,
-            },
-        )
+def some_gpu(patch, capability=(9, 0), shared=227 * 1024):
+    """Put a GPU of which only the numbers are known into the place of that of this machine."""
+    found = {"major": capability[0], "minor": capability[1], "shared": shared}
+    patch.setattr(fused, "_properties", lambda index: found | {"multiProcessorCount": 132})
 
 
 def plan(sizes, batch_size=64, optimizer=None, loss=softmax_cross_entropy):
@@ -123,7 +113,7 @@ def plan(sizes, batch_size=64, optimizer=None, loss=softmax_cross_entropy):
 
 
 def test_small_models_go_to_a_cluster_and_deep_ones_to_the_whole_gpu(monkeypatch):
-    Attributes(monkeypatch)
+    some_gpu(monkeypatch)
     assert (plan([64, 128, 10]).kernel, plan([64, 128, 10]).blocks) == ("mlp_cluster", 16)
     assert plan([64, 16, 10]).blocks == 4, "a block has four units at least"
     assert (plan([784, 256, 128, 10], 128).kernel, plan([784, 256, 128, 10], 128).blocks) == (
@@ -134,7 +124,7 @@ def test_small_models_go_to_a_cluster_and_deep_ones_to_the_whole_gpu(monkeypatch
 
 
 def test_an_older_gpu_has_no_clusters(monkeypatch):
-    Attributes(monkeypatch, capability=(8, 0), shared=163 * 1024)
+    some_gpu(monkeypatch, capability=(8, 0), shared=163 * 1024)
     assert plan([64, 32, 10]).blocks == 1
     large = plan([784, 256, 128, 10], 128)
     assert large.kernel == "mlp_grid"
@@ -143,7 +133,7 @@ def test_an_older_gpu_has_no_clusters(monkeypatch):
 
 def test_what_the_host_reckons_of_shared_memory_is_what_the_compiler_does(monkeypatch):
     nvrtc = pytest.importorskip("test_kernels", reason="its compiler")
-    Attributes(monkeypatch)
+    some_gpu(monkeypatch)
     for sizes, batch_size in [*SHAPES, ([64, 512, 32], 17), ([3, 9, 1], 5)]:
         for optimizer, loss in itertools.product(
             (OPTIMIZERS[0], OPTIMIZERS[1], OPTIMIZERS[4]),
@@ -166,7 +156,7 @@ def test_what_the_host_reckons_of_shared_memory_is_what_the_compiler_does(monkey
     ],
 )
 def test_what_does_not_fit_is_said(monkeypatch, sizes, batch_size, reason):
-    Attributes(monkeypatch)
+    some_gpu(monkeypatch)
     assert reason in plan(sizes, batch_size)
 
 

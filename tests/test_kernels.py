@@ -35,7 +35,7 @@ def compile_cuda_c(text: str, architecture: str) -> tuple[int, str]:
         return error, (values[0] if values else None)
 
     _, program = call(nvrtc.nvrtcCreateProgram, text.encode(), b"kernel.cu", 0, [], [])
-    options = [f"--gpu-architecture={architecture}".encode(), b"-std=c++17"]
+    options = [f"--gpu-architecture={architecture}".encode(), b"-std=c++17", b"-default-device"]
     error, _ = call(nvrtc.nvrtcCompileProgram, program, len(options), options)
     _, length = call(nvrtc.nvrtcGetProgramLogSize, program)
     log = b" " * length
