@@ -16,6 +16,7 @@ from gpuml.devices import Array, array_module
 from gpuml.kernels import load_kernel
 
 THREADS = 256
+BACK_BLOCKS, LEAST_ROWS = 132 * 8, 64  # of relu_layer_back: blocks at most, rows of each at least
 MOST_BLOCKS = 132 * 16  # each thread of a large array takes several elements in turn
 
 
@@ -57,10 +58,43 @@ def relu_slope(d: Array, outputs: Array) -> None:
         Contiguous, of the same type: float32, float64 or bfloat16.
     """
     vector = _vector(d, outputs)
-    number = "float64" if d.dtype.name == "float64" else "float32"
-    kernel = _relu_layer("relu_layer_slope", number, d.dtype.name, vector)
+    kernel = _relu_layer("relu_layer_slope", _number(d), d.dtype.name, vector)
     n = d.size // vector
     _launch(kernel, n, (d, outputs, np.int64(n)))
+
+
+def back_with_sums(d: Array, outputs: Array | None, sums: Array) -> None:
+    """Carry a gradient back through ReLU in place, and sum it over the batch, in one reading.
+
+    Parameters
+    ----------
+    d : cupy.ndarray of shape (batch, units)
+        Contiguous: float32, float64 or bfloat16.
+    outputs : cupy.ndarray of shape (batch, units) or None
+        Of the type of `d`; None for the sums alone.
+    sums : cupy.ndarray of shape (1, units)
+        Written, contiguous: float64 for d of float64, else float32.
+    """
+    import cupy
+
+    rows, units = d.shape
+    arrays = (d,) if outputs is None else (d, outputs)
+    vector = _vector(*arrays)
+    across = -(-units // (32 * vector))
+    n_parts = max(1, min(-(-rows // LEAST_ROWS), BACK_BLOCKS // across))
+    if n_parts == 1 and vector > 1 and _vector(sums) == 1:
+        n_parts = 2  # the sums cannot be written as they are
+    each = -(-rows // n_parts)
+    parts = sums if n_parts == 1 else cupy.empty((n_parts, units), sums.dtype)
+    options = _number(d), d.dtype.name, vector
+    pointer = np.intp(0) if outputs is None else outputs
+    sizes = np.int32(rows), np.int32(units // vector), np.int32(each)
+    _relu_layer("relu_layer_back", *options)(
+        (across, n_parts), (32, 8), (d, pointer, parts, *sizes)
+    )
+    if n_parts > 1:
+        kernel = _relu_layer("relu_layer_sum", *options)
+        _launch(kernel, units, (parts, sums, np.int32(n_parts), np.int64(units)))
 
 
 def to_bfloat16(x: Array) -> Array:
@@ -242,6 +276,11 @@ def _vector(*arrays: Array) -> int:
     """Return how many elements one access may fetch: four, if rows and alignment allow it."""
     fits = all(a.shape[-1] % 4 == 0 and a.data.ptr % (4 * a.itemsize) == 0 for a in arrays)
     return 4 if fits else 1
+
+
+def _number(x: Array) -> str:
+    """Return the type in which elements of an array are summed."""
+    return "float64" if x.dtype.name == "float64" else "float32"
 
 
 def _c_type(dtype: str) -> str:

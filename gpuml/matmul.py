@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from functools import cache
 from itertools import pairwise
 from operator import index
@@ -76,56 +75,47 @@ def matmul(
     return out
 
 
-@contextmanager
-def captured_products(stream: Any) -> Iterator[Any]:
-    """Let products be captured into a CUDA graph, together with other work of a stream.
+class CapturedProducts:
+    """Products that can be captured into a CUDA graph: a context manager.
 
     CuPy calls cuBLAS only outside a capture. nvmath-python's bindings call the same library
-    without that limit.
+    without that limit. Call each product once before it is captured, so that all is loaded.
 
     Parameters
     ----------
     stream : cupy.cuda.Stream
-        The current stream, which is to be captured inside the ``with`` block.
-
-    Yields
-    ------
-    object
-        To be kept as long as the graph, which uses its memory.
+        The current stream inside the ``with`` blocks. Keep this object as long as the graph,
+        which uses its memory.
 
     Raises
     ------
     ImportError
         If nvmath-python is not installed.
     """
-    handle = _Handle(stream)
-    _CAPTURED[stream.ptr] = handle
-    try:
-        yield handle
-    finally:
-        del _CAPTURED[stream.ptr]
-
-
-class _Handle:
-    """A handle of cuBLAS's for one graph."""
 
     def __init__(self, stream: Any) -> None:
         from cupy.cuda import alloc
         from nvmath.bindings import cublas
 
-        self._cublas = cublas
+        self._cublas, self._stream = cublas, stream
         self.multiply = cublas.gemm_strided_batched_ex
         self.number = cublas.create()
         cublas.set_stream(self.number, stream.ptr)
         self._space = alloc(WORKSPACE_BYTES)  # else a graph takes and frees some each time
         cublas.set_workspace(self.number, self._space.ptr, WORKSPACE_BYTES)
 
+    def __enter__(self) -> None:
+        _CAPTURED[self._stream.ptr] = self
+
+    def __exit__(self, *_: object) -> None:
+        del _CAPTURED[self._stream.ptr]
+
     def __del__(self) -> None:
         if hasattr(self, "number"):
             self._cublas.destroy(self.number)
 
 
-_CAPTURED: dict[int, _Handle] = {}  # by stream, while it is captured
+_CAPTURED: dict[int, CapturedProducts] = {}  # by stream, inside the blocks
 
 
 def batched_matmul(

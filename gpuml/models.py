@@ -216,18 +216,18 @@ class Model:
             if gradients is None:
                 gradients = parameters.zeros_like()
             d = _rounded(d_predictions) if half else d_predictions
+            summed = False  # whether the gradient of this layer's bias is written already
             for i in reversed(range(len(layers))):
                 weight, bias = layers[i]
-                linear_gradient(
-                    inputs[i], d, gradients[weight], gradients.get(bias), precision=precision
-                )
+                d_bias = None if summed else gradients.get(bias)
+                linear_gradient(inputs[i], d, gradients[weight], d_bias, precision=precision)
                 if i == 0 and not input_gradient:
                     return gradients, None
                 turned = weights[i].swapaxes(-1, -2)
                 out = _sums(d, turned, parameters.flat.dtype) if half and i == 0 else None
                 d = matmul(d, turned, out, precision=precision)
                 if i > 0:
-                    relu_slope(d, inputs[i])
+                    summed = relu_slope(d, inputs[i], gradients.get(layers[i - 1][1]))
             return gradients, d
 
         return predictions, backward
@@ -576,12 +576,28 @@ def relu(z: Array) -> None:
         array_module(z).maximum(z, 0, out=z)
 
 
-def relu_slope(d: Array, outputs: Array) -> None:
-    """Carry a gradient back through ReLU in place: 0 where the output was 0."""
-    if fused(array_module(d)) and d.flags.c_contiguous and outputs.flags.c_contiguous:
-        gpu_layers.relu_slope(d, outputs)
-    else:
+def relu_slope(d: Array, outputs: Array, d_bias: Array | None = None) -> bool:
+    """Carry a gradient back through ReLU in place: 0 where the output was 0.
+
+    Parameters
+    ----------
+    d, outputs : array of shape (…, batch, units)
+    d_bias : array of shape (…, 1, units), optional
+        Gets the sum of d over the batch, where that costs no reading of its own.
+
+    Returns
+    -------
+    bool
+        Whether `d_bias` was written.
+    """
+    if not (fused(array_module(d)) and d.flags.c_contiguous and outputs.flags.c_contiguous):
         d *= outputs > 0
+    elif d_bias is not None and d.ndim == 2:
+        gpu_layers.back_with_sums(d, outputs, d_bias)
+        return True
+    else:
+        gpu_layers.relu_slope(d, outputs)
+    return False
 
 
 def linear_gradient(
@@ -609,7 +625,9 @@ def linear_gradient(
     if d_bias is None:
         return
     xp = array_module(d_outputs)
-    if fused(xp):  # the product with a row of ones is one launch, and takes any type
+    if fused(xp) and d_outputs.ndim == 2 and d_outputs.flags.c_contiguous:
+        gpu_layers.back_with_sums(d_outputs, None, d_bias)
+    elif fused(xp):  # the product with a row of ones is one launch, and takes any type
         matmul(_ones(d_outputs.shape[-2], d_outputs.dtype, d_bias.device.id), d_outputs, d_bias)
     else:
         xp.add.reduce(d_outputs, axis=-2, keepdims=True, out=d_bias)

@@ -12,7 +12,7 @@ from gpuml.devices import Array, array_module
 from gpuml.errors import unknown_name
 from gpuml.fused import FusedStep
 from gpuml.losses import Loss, mean_squared_error
-from gpuml.matmul import Precision, captured_products, checked_precision
+from gpuml.matmul import CapturedProducts, Precision, checked_precision
 from gpuml.models import MLP, Linear, Model
 from gpuml.optimizers import Optimizer, State
 from gpuml.regression import Gram
@@ -133,6 +133,11 @@ class GraphStep(EagerStep):
         self._pool = cuda.MemoryPool()
         self._stream = cuda.Stream()  # it and the usual stream wait for each other
         self._graphs: dict[Any, _Graph | None] = {}
+        try:
+            with self._stream as stream, self._allocator():
+                self._products = CapturedProducts(stream)
+        except Exception as error:  # a library that is there and does not load
+            self._give_up(error)
 
     def __call__(self, x: Array, y: Array) -> Array:
         """Take a step on a batch; return the loss before it."""
@@ -141,7 +146,7 @@ class GraphStep(EagerStep):
         shape = x.shape, y.shape
         if shape not in self._graphs:
             self._graphs[shape] = None
-            with self._stream, self._allocator():
+            with self._stream, self._allocator(), self._products:
                 return super().__call__(x, y)
         graph = self._graphs[shape] or self._capture(x, y)
         if graph is None:
@@ -154,13 +159,17 @@ class GraphStep(EagerStep):
             graph.graph.launch()
         return graph.loss
 
+    def _give_up(self, error: Exception) -> None:
+        self.engine = "eager"
+        self.reason = f"not graph, since the step cannot be captured: {_line(error)}"
+
     def _allocator(self) -> Any:
         return self._model.device.xp.cuda.using_allocator(self._pool.malloc)
 
     def _capture(self, x: Array, y: Array) -> _Graph | None:
         """Return the graph of a step, or None and say why there is none."""
         try:
-            with self._stream as stream, self._allocator(), captured_products(stream) as handle:
+            with self._stream as stream, self._allocator(), self._products:
                 x, y = x.copy(), y.copy()
                 stream.begin_capture()
                 try:
@@ -168,10 +177,9 @@ class GraphStep(EagerStep):
                 finally:
                     graph = stream.end_capture()
         except Exception as error:  # CuPy and CUDA have many ways to say no
-            self.engine = "eager"
-            self.reason = f"not graph, since the step cannot be captured: {_line(error)}"
+            self._give_up(error)
             return None
-        return _Graph(graph, x, y, loss, handle)
+        return _Graph(graph, x, y, loss)
 
 
 @dataclass(frozen=True)
@@ -182,7 +190,6 @@ class _Graph:
     x: Array
     y: Array
     loss: Array
-    handle: Any
 
 
 def _line(error: Exception) -> str:
@@ -263,16 +270,15 @@ def make_step(
     chosen: list[str] = [engine] if engine else ["fused", "one_pass", "graph", "eager"]
     reasons: list[str] = []
     for name in chosen:
-        reason = _limit(name, model, loss, optimizer, data, precision)
-        if reason is None and not engine:
-            reason = _does_not_pay(name, model, data, n_epochs)
+        pays = engine is not None or _pays(name, model, data, n_epochs)
+        reason = _limit(name, model, loss, optimizer, data, precision) if pays else ""
         if reason is None:
             step: Step | FusedStep = _made(name, model, loss, optimizer, data, precision)
             step.reason = "; ".join(reasons)
             return step
         if engine:
             raise ValueError(f"engine='{engine}' cannot train this: {reason}")
-        if name in ("fused", "graph") and model.device.kind == "gpu" and reason:
+        if name in ("fused", "graph") and reason and type(model) is MLP:
             reasons.append(f"not {name}, since {reason}")
     raise AssertionError("the eager engine trains everything")
 
@@ -336,19 +342,16 @@ def _graph_limit(model: Model, data: Batches) -> str | None:
     return None
 
 
-def _does_not_pay(name: str, model: Model, data: Batches, n_epochs: int) -> str | None:
-    """Return why an engine is not worth its start, "" if that goes without saying, or None."""
-    n_steps = data.n_steps * n_epochs
-    if name == "fused" and n_steps < FUSED_PAYS:
-        return f"compiling pays from {FUSED_PAYS} steps on"
-    if name == "graph" and type(model) not in (Linear, MLP):
-        return "a model of one's own may do more than launch kernels: engine='graph' tries"
-    if name == "graph" and n_steps < GRAPH_PAYS:
-        return f"capturing pays from {GRAPH_PAYS} steps on"
-    if name == "one_pass":
+def _pays(name: str, model: Model, data: Batches, n_epochs: int) -> bool:
+    """Return whether an engine is worth its start, if it can train the model."""
+    if name in ("fused", "graph"):
+        enough = data.n_steps * n_epochs >= (FUSED_PAYS if name == "fused" else GRAPH_PAYS)
+        # A model of one's own may do more than launch kernels: engine="graph" tries.
+        return enough and model.device.kind == "gpu" and type(model) in (Linear, MLP)
+    if name == "one_pass" and type(model) is Linear:
         x, _ = next(iter(data.epoch(None)))
-        return None if one_pass.pays(model, x) else ""
-    return None
+        return one_pass.pays(model, x)
+    return name == "eager"
 
 
 def set_learning_rate(step: Step | FusedStep, base: Array, factor: float) -> None:

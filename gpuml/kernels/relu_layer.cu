@@ -1,8 +1,9 @@
 // What a layer does between its products, in place: z = max(z + bias, 0), and on the way back
-// d = 0 where the layer's output was 0. And rounding to bfloat16.
+// d = 0 where the layer's output was 0, and the sums of d over the batch. And rounding to bfloat16.
 //
 // Launch: any number of blocks of any number of threads, each with elements number first, first +
-// all threads, and so on. `n` counts groups of VECTOR elements.
+// all threads, and so on. `n` and `columns` count groups of VECTOR elements. relu_layer_back with
+// blocks of 32 x 8 threads, for 32 groups of columns and `each` rows. All sums have a fixed order.
 
 #ifndef NUMBER  // compiled in
 #define NUMBER float  // of sums and biases: float or double
@@ -72,5 +73,45 @@ void relu_layer_round(const Vector<Number>* x, Vector<Stored>* rounded, long lon
 #pragma unroll
         for (int j = 0; j < VECTOR; ++j) out.value[j] = narrow(in.value[j]);
         rounded[i] = out;
+    }
+}
+
+// parts: for each of gridDim.y parts of the rows the sums of all columns. output may be null.
+extern "C" __global__
+void relu_layer_back(Vector<Stored>* d, const Vector<Stored>* output, Vector<Number>* parts,
+                     int rows, int columns, int each)
+{
+    __shared__ Vector<Number> shared[8][32];
+    const int column = blockIdx.x * 32 + threadIdx.x, end = min(rows, (int)(blockIdx.y + 1) * each);
+    Vector<Number> sum = {};
+    for (int row = blockIdx.y * each + threadIdx.y; row < end && column < columns; row += 8) {
+        const long long i = (long long)row * columns + column;
+        Vector<Stored> x = d[i];
+        if (output) {
+            Vector<Stored> y = output[i];
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j)
+                if (!(widen(y.value[j]) > 0)) x.value[j] = 0;
+            d[i] = x;
+        }
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) sum.value[j] += widen(x.value[j]);
+    }
+    shared[threadIdx.y][threadIdx.x] = sum;
+    __syncthreads();
+    if (threadIdx.y > 0 || column >= columns) return;
+    for (int w = 1; w < 8; ++w)
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) sum.value[j] += shared[w][threadIdx.x].value[j];
+    parts[(long long)blockIdx.y * columns + column] = sum;
+}
+
+extern "C" __global__
+void relu_layer_sum(const Number* parts, Number* sums, int n_parts, long long n)
+{
+    for (long long i = first(); i < n; i += all()) {
+        double sum = 0;
+        for (int part = 0; part < n_parts; ++part) sum += parts[part * n + i];
+        sums[i] = sum;
     }
 }
