@@ -29,7 +29,7 @@ FLOORS = [
     {"models", "optimizers", "batches", "history", "blocked"}
     | {"gradients", "regression", "checkpoints"},
     {"one_pass", "steps", "training"},
-    {"doctor", "recordings", "cli", "__main__"},
+    {"doctor", "recordings", "rivals", "workloads", "peers", "cli", "__main__"},
 ]
 # On one floor, a module may use those to its left.
 NEIGHBOURS = [("errors", "devices"), ("devices", "kernels"), ("errors", "kernels")]
@@ -38,10 +38,14 @@ NEIGHBOURS += [("model_files", "timing"), ("plots", "timing"), ("models", "optim
 NEIGHBOURS += [("one_pass", "steps"), ("steps", "training")]
 NEIGHBOURS += [("models", "gradients"), ("models", "regression")]
 NEIGHBOURS += [("doctor", "cli"), ("recordings", "cli"), ("cli", "__main__")]
+NEIGHBOURS += [("rivals", "workloads"), ("rivals", "peers"), ("workloads", "peers")]
+NEIGHBOURS += [("workloads", "cli"), ("peers", "cli")]
 HEAVY = {"cupy", "cupyx", "matplotlib", "mpi4py", "numba"} | {
+    "jax",
     "safetensors",
     "scipy",
     "sklearn",
+    "torch",
     "tqdm",
 }
 
