@@ -31,8 +31,9 @@ from gpuml.rivals import RIVALS, SCIKIT_LEARN, Task
 from gpuml.timing import device_ceilings, duration
 from gpuml.workloads import WORKLOADS, Workload, write_task
 
-# How far losses may lie apart, relative to their median. Rounding differs from library to library,
-# and training carries it on; what is wrong in earnest is off by far more.
+# How far losses may lie from their median, as a share of the loss and of its fall, whichever is
+# less. Rounding differs from library to library, and training carries it on; what is wrong in
+# earnest is off by far more.
 LIMITS = {"float32": 1e-3, "tf32": 1e-2, "bfloat16": 3e-2}
 # scikit-learn draws its own start weights and batches: it must learn about as well.
 OWN_START = {SCIKIT_LEARN: 0.5}
@@ -43,7 +44,7 @@ PROCESS_RIVALS = ("gpuml", "PyTorch eager", "PyTorch step graph", "JAX scan", SC
 
 N_ROUNDS = 5
 PATIENCE = 300.0  # seconds to wait for an answer; compilers may take a minute
-MOST_EPOCHS = 100_000
+FEWEST_EPOCHS, MOST_EPOCHS = 3, 100_000  # in a sample
 HEAD = ("", "µs a step", "quartiles", "of gpuml", "of floor", "first call")
 WIDTHS = (25, 11, 17, 9, 9, 11)
 
@@ -144,7 +145,8 @@ class PeerTable:
 
     def __str__(self) -> str:
         losses = sorted(timing.loss for timing in self.rivals.values())
-        lines = [self.title, f"on {self.device}"]
+        versions = {f"{name.split()[0]} {t.version}" for name, t in self.rivals.items()}
+        lines = [self.title, f"on {self.device}", ", ".join(sorted(versions))]
         if self.bound:
             lines.append(f"floor {duration(self.floor)} a step, set by {self.bound}")
         if losses:
@@ -156,6 +158,9 @@ class PeerTable:
             widths = WIDTHS[1 : 1 + len(numbers)]
             right = [cell.rjust(width) for cell, width in zip(numbers, widths, strict=True)]
             lines.append("".join([name.ljust(WIDTHS[0]), *right]).rstrip())
+        for name, timing in self.rivals.items():
+            if timing.how and not name.endswith(timing.how):
+                lines.append(f"{name} ran by its engine {timing.how}")
         lines += [f"left out: {name}: {why}" for name, why in self.left_out.items()]
         return "\n".join(lines)
 
@@ -254,7 +259,7 @@ class Contender:
             if spent > time_budget / 2 or n >= MOST_EPOCHS:
                 break
             n *= 4
-        self.n_epochs = max(1, round(n * min(1.0, time_budget / spent)))
+        self.n_epochs = max(FEWEST_EPOCHS, round(n * min(1.0, time_budget / spent)))
 
     def sample(self, n_steps: int) -> None:
         """Time some epochs beyond the first, which bears what each call costs once."""
@@ -309,7 +314,7 @@ def environment(device: Device, n_threads: int | None = None) -> dict[str, str]:
     home = str(Path(__file__).parent.parent)
     path = os.pathsep.join(filter(None, [given.get("PYTHONPATH"), home]))
     changed = {"PYTHONPATH": path, "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-    changed |= {"TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONUNBUFFERED": "1"}
+    changed |= {"TF_CPP_MIN_LOG_LEVEL": "3"}
     if device.kind == "cpu":
         changed["JAX_PLATFORMS"] = "cpu"
     else:
@@ -322,15 +327,16 @@ def environment(device: Device, n_threads: int | None = None) -> dict[str, str]:
     return {**given, **changed}
 
 
-def disagreeing(losses: Mapping[str, float], limit: float) -> dict[str, str]:
+def disagreeing(losses: Mapping[str, tuple[float, float]], limit: float) -> dict[str, str]:
     """Return whose loss is far from the median of all, and why it does not count.
 
     Parameters
     ----------
-    losses : mapping of str to float
-        Of each rival, after the same number of steps.
+    losses : mapping of str to (float, float)
+        Of each rival in the first and in the last epoch, after the same number of steps.
     limit : float
-        Allowed distance, relative to the median; scikit-learn has one of its own.
+        Allowed distance as a share of the last loss and of its fall, whichever is less;
+        scikit-learn has a limit of its own.
 
     Returns
     -------
@@ -338,13 +344,15 @@ def disagreeing(losses: Mapping[str, float], limit: float) -> dict[str, str]:
         Of two that differ both are named: there is no telling who is right.
     """
     limits = {name: OWN_START.get(name.partition(",")[0], limit) for name in losses}
-    alike = [x for name, x in losses.items() if limits[name] == limit and math.isfinite(x)]
-    middle = statistics.median(alike or [math.nan])
+    alike = [both for name, both in losses.items() if limits[name] == limit]
+    alike = [both for both in alike if all(map(math.isfinite, both))] or [(math.nan, math.nan)]
+    first, middle = (statistics.median(column) for column in zip(*alike, strict=True))
+    scale = min(abs(middle), abs(first - middle))
     return {
-        name: f"its loss is {loss:.6g}, the median {middle:.6g}: they must agree within "
-        f"{limits[name]:g} before a time counts"
-        for name, loss in losses.items()
-        if not abs(loss - middle) <= limits[name] * abs(middle)
+        name: f"its loss is {last:.6g}, the median {middle:.6g}: they must agree within "
+        f"{limits[name] * scale:.2g} before a time counts"
+        for name, (_, last) in losses.items()
+        if not abs(last - middle) <= limits[name] * scale
     }
 
 
@@ -376,7 +384,7 @@ class Team:
 
     def compare_losses(self, limit: float) -> None:
         """Dismiss those whose losses do not agree."""
-        refused = disagreeing({c.name: c.loss for c in self.contenders}, limit)
+        refused = disagreeing({c.name: (c.first_loss, c.loss) for c in self.contenders}, limit)
         for contender in list(self.contenders):
             if contender.name in refused:
                 self._dismiss(contender, refused[contender.name])
@@ -387,8 +395,8 @@ class Team:
         self._reasons[contender.rival] = reason
 
     def first_loss(self) -> float:
-        """Return the mean loss of the first epoch."""
-        return statistics.median([c.first_loss for c in self.contenders] or [math.nan])
+        """Return the mean loss of the first epoch; 0 if nobody is left."""
+        return statistics.median([c.first_loss for c in self.contenders] or [0.0])
 
     def best(self) -> dict[str, Timing]:
         """Return for each rival the best of its thread counts, the fastest first."""
@@ -543,7 +551,8 @@ def compare_processes(
                 if i > 0:
                     samples.setdefault(rival, []).append(seconds)
     answers = {rival: answers[rival] for rival in samples if rival not in left_out}
-    left_out |= disagreeing({r: a[1]["last_loss"] for r, a in answers.items()}, 1e-3)
+    losses = {r: (a[1]["first_loss"], a[1]["last_loss"]) for r, a in answers.items()}
+    left_out |= disagreeing(losses, LIMITS["float32"])
     counted = {r: _process_timing(samples[r], a) for r, a in answers.items() if r not in left_out}
     first = [a[1]["first_loss"] for r, a in answers.items() if r in counted]
     return PeerTable(
@@ -553,7 +562,7 @@ def compare_processes(
         floor=0.0,
         bound="",
         n_steps=n_epochs * workload.n_steps,
-        first_loss=statistics.median(first or [math.nan]),
+        first_loss=statistics.median(first or [0.0]),
         rivals=dict(sorted(counted.items(), key=lambda item: item[1].seconds)),
         left_out=left_out,
     )

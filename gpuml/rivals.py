@@ -59,12 +59,13 @@ class Task:
 
     def data(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Return the samples and their labels."""
-        X, y = (np.load(Path(self.folder) / name, allow_pickle=False) for name in DATA_FILES[:2])
-        return X, y
+        X_file, y_file, _ = (Path(self.folder, name) for name in DATA_FILES)
+        return np.load(X_file, allow_pickle=False), np.load(y_file, allow_pickle=False)
 
     def start(self) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
         """Return the start weights: for each layer W of shape (inputs, outputs), and b."""
-        with np.load(Path(self.folder) / START_FILE, allow_pickle=False) as arrays:
+        file = Path(self.folder, START_FILE)
+        with np.load(file, allow_pickle=False) as arrays:
             both = [arrays[name] for name in arrays.files]
         return [(W, b.reshape(-1)) for W, b in zip(both[::2], both[1::2], strict=True)]
 

@@ -31,7 +31,7 @@ class Workload:
     n_steps : int
         In an epoch; all batches are full.
     n_epochs : int
-        After so many the losses must agree.
+        After so many, at least two, the losses must agree.
     precision : {"float32", "tf32", "bfloat16"}
         Of matrix products.
     learning_rate : float
@@ -48,10 +48,12 @@ class Workload:
 
     def __post_init__(self) -> None:
         numbers = (*self.sizes, self.batch_size, self.n_steps, self.n_epochs)
-        if len(self.sizes) < 2 or min(numbers) < 1:
+        if len(self.sizes) < 2 or min(numbers) < 1 or self.n_epochs < 2:
             raise ValueError(
                 "a workload needs two or more sizes (features, hidden units, classes), a batch, "
-                f"steps and epochs, all positive; got {self.sizes}, {numbers[-3:]}"
+                "steps, and at least two epochs; got sizes "
+                f"{', '.join(map(str, self.sizes))}, batch {self.batch_size}, "
+                f"steps {self.n_steps}, epochs {self.n_epochs}"
             )
         if self.precision not in PRECISIONS:
             raise ValueError(unknown_name("precision", self.precision, PRECISIONS))
