@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from gpuml.history import History
     from gpuml.models import Model
     from gpuml.optimizers import Optimizer
+    from gpuml.peers import PeerTable
+    from gpuml.recordings import Recording
+    from gpuml.workloads import Workload
 
 DONE, FAILED, WRONG_CALL, INTERRUPTED = 0, 1, 2, 130  # 130: what shells report after Ctrl-C
 
@@ -71,6 +74,20 @@ Measure the ceilings of this machine: bandwidth of memory and of transfers,
 rates of matrix products, the cost of a launch; and matrix products on the CPU
 and on the GPU, size by size. It takes about half a minute, prints tables, and
 draws pictures. Give it the machine for itself.
+
+With --peers it trains perceptrons by gpuml, PyTorch, JAX and scikit-learn,
+those that are installed, and compares their times a step; a time counts only
+if the losses agree. It takes a minute for each workload, more where something
+is compiled. With --save the tables go into a recording, a new one or one of
+this machine.
+"""
+
+BENCH_EXAMPLES = """\
+examples:
+  gpuml bench
+  gpuml bench --peers --workload digits,mnist
+  gpuml bench --peers --sizes 100,512,512,20 --batch 256
+  gpuml bench --peers --workload wide --precision tf32 --save mine.json
 """
 
 EXIT_CODES = """\
@@ -274,13 +291,42 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         _bench,
         help="measure what this machine can do at most",
         description=BENCH_HELP,
-        epilog=EXIT_CODES,
+        epilog=f"{BENCH_EXAMPLES}\n{EXIT_CODES}",
     )
     bench.add_argument("--device", help=DEVICE_HELP)
     bench.add_argument("--output", metavar="DIR", help="folder for pictures (runs/001, 002, …)")
     bench.add_argument("--save", metavar="FILE", help="record all measurements, as .json (nowhere)")
     bench.add_argument(
         "--overwrite", action="store_true", help="replace FILE, results in DIR (off)"
+    )
+    bench.add_argument("--peers", action="store_true", help="compare with other libraries (off)")
+    bench.add_argument(
+        "--workload",
+        type=_names,
+        metavar="NAMES",
+        help="with --peers: digits, mnist, wide, some with commas between them "
+        "(all on a GPU, digits on the CPU)",
+    )
+    bench.add_argument(
+        "--sizes",
+        type=_sizes,
+        metavar="SIZES",
+        help="with --peers: a workload of your own: features, hidden units, classes, as in "
+        "64,128,10 (none)",
+    )
+    bench.add_argument(
+        "--batch", type=_positive_int, help="with --sizes: samples in a training step (64)"
+    )
+    bench.add_argument(
+        "--steps",
+        type=_positive_int,
+        help="with --peers: steps in an epoch (those of the workload)",
+    )
+    bench.add_argument(
+        "--precision",
+        type=_names,
+        metavar="NAMES",
+        help="with --peers: float32, tf32, bfloat16 (float32; all for wide on a GPU)",
     )
     return parser, {"train": train, "predict": predict, "doctor": doctor, "bench": bench}
 
@@ -325,6 +371,10 @@ _seed = _number(int, "a whole number from 0 to 2**32 - 1", lambda value: 0 <= va
 _positive_float = _number(float, "a positive number", lambda value: 0 < value < float("inf"))
 _momentum = _number(float, "a number from 0 to less than 1", lambda value: 0 <= value < 1)
 _fraction = _number(float, "a number between 0 and 1", lambda value: 0 < value < 1)
+
+
+def _names(text: str) -> list[str]:
+    return [name.strip() for name in text.split(",")]
 
 
 def _sizes(text: str) -> list[int]:
@@ -781,6 +831,13 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    for name in ("workload", "sizes", "batch", "steps", "precision"):
+        if getattr(options, name) is not None and not options.peers:
+            raise CallError(f"--{name} needs --peers")
+    return _bench_peers(options) if options.peers else _bench_machine(options)
+
+
+def _bench_machine(options: argparse.Namespace) -> int:
     import matplotlib
 
     from gpuml.model_files import replacing
@@ -817,3 +874,79 @@ def _check_record(file: Path, overwrite: bool) -> None:
         raise CallError(f"--save {file}: expected a name ending in .json, in a folder that exists")
     if file.exists() and not overwrite:
         raise CallError(f"--save {file} exists: --overwrite replaces it")
+
+
+def _bench_peers(options: argparse.Namespace) -> int:
+    from gpuml.peers import compare_processes, compare_rivals, measure_ceilings
+    from gpuml.recordings import record
+
+    if options.output is not None:
+        raise CallError("--output is for pictures, and --peers draws none: --save keeps its tables")
+    with _finding_faults():
+        device = _device(options)
+        chosen = _workloads(options, device)
+        file = None if options.save is None else Path(options.save)
+        recording = None if file is None else _older_recording(file, options, device, chosen)
+    if file is not None and recording is None:
+        recording = record(device, command=f"gpuml bench --save {file}")
+        print(recording, end="\n\n", flush=True)
+    ceilings = measure_ceilings(device)
+    peers: dict[str, Any] = {} if recording is None else recording.peers
+    done = True
+
+    def keep(table: PeerTable, place: dict[str, Any], name: str) -> bool:
+        print(table, end="\n\n", flush=True)
+        place[name] = table.to_json()
+        if file is not None and recording is not None:
+            try:
+                recording.save(file)
+            except OSError as error:
+                raise RunError(f"cannot write the results: {error}") from None
+        return table.ours is not None
+
+    for workload in chosen:
+        table = compare_rivals(workload, device=device, ceilings=ceilings)
+        done &= keep(table, peers.setdefault("workloads", {}), workload.name)
+    if any(workload.name == "digits" for workload in chosen):
+        done &= keep(compare_processes(device=device), peers, "processes")
+    return DONE if done else FAILED
+
+
+def _workloads(options: argparse.Namespace, device: Device) -> list[Workload]:
+    """Return what the options ask for."""
+    from gpuml.workloads import PRECISIONS, WORKLOADS, Workload, in_precisions, workloads
+
+    if options.batch is not None and options.sizes is None:
+        raise CallError("--batch needs --sizes: the workloads that have a name have their batches")
+    names = options.workload
+    if names is None and options.sizes is None:
+        names = list(WORKLOADS) if device.kind == "gpu" else ["digits"]
+    precisions = options.precision or ()
+    found = workloads(names or (), device, precisions=precisions, n_steps=options.steps)
+    if options.sizes is not None:
+        batch = options.batch or 64
+        name = f"{'-'.join(map(str, options.sizes))}, batch {batch}"
+        own = Workload(name, tuple(options.sizes), batch, options.steps or 64)
+        found += in_precisions(own, device, precisions or PRECISIONS[:1])
+    return found
+
+
+def _older_recording(
+    file: Path, options: argparse.Namespace, device: Device, chosen: Sequence[Workload]
+) -> Recording | None:
+    """Return the recording that tables are to be added to, or None if there is no such file."""
+    from gpuml.recordings import recorded
+
+    if not file.exists():
+        _check_record(file, options.overwrite)
+        return None
+    recording = recorded(file)
+    if not recording.device.startswith(f"{device.name},"):
+        raise CallError(
+            f"--save {file} is of another machine, {recording.device.partition(',')[0]}: "
+            "expected a new name, or a recording of this one"
+        )
+    there = set(recording.peers.get("workloads", {})) & {workload.name for workload in chosen}
+    if there and not options.overwrite:
+        raise CallError(f"--save {file} holds {', '.join(sorted(there))}: --overwrite replaces it")
+    return recording

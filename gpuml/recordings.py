@@ -72,6 +72,10 @@ class Recording:
     blocked : dict of str to BlockReport
         Products of host matrices by :func:`gpuml.blocked_matmul`: ``square`` and ``tall``; empty
         without a GPU.
+    peers : dict
+        What ``gpuml bench --peers`` found: ``workloads``, a table for each name, and
+        ``processes``; :meth:`gpuml.peers.PeerTable.from_json` reads a table. Empty if it was not
+        asked for.
     """
 
     device: str
@@ -87,6 +91,7 @@ class Recording:
     queued: dict[str, float]
     cases: dict[str, dict[str, Measurement]]
     blocked: dict[str, BlockReport] = field(default_factory=dict)
+    peers: dict[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -256,6 +261,7 @@ def _from_json(table: dict[str, Any]) -> Recording:
             for name, case in table["cases"].items()
         },
         "blocked": {name: BlockReport.from_json(r) for name, r in table.get("blocked", {}).items()},
+        "peers": dict(table.get("peers", {})),
     }
     return Recording(**(table | made))
 

@@ -29,7 +29,7 @@ FLOORS = [
     {"models", "optimizers", "batches", "history", "blocked"}
     | {"gradients", "regression", "checkpoints"},
     {"one_pass", "fused", "steps", "training"},
-    {"doctor", "recordings", "cli", "__main__"},
+    {"doctor", "recordings", "rivals", "workloads", "peers", "cli", "__main__"},
 ]
 # On one floor, a module may use those to its left.
 NEIGHBOURS = [("errors", "devices"), ("devices", "kernels"), ("errors", "kernels")]
@@ -39,10 +39,14 @@ NEIGHBOURS += [("one_pass", "steps"), ("fused", "steps"), ("fused", "training")]
 NEIGHBOURS += [("steps", "training")]
 NEIGHBOURS += [("models", "gradients"), ("models", "regression")]
 NEIGHBOURS += [("doctor", "cli"), ("recordings", "cli"), ("cli", "__main__")]
+NEIGHBOURS += [("rivals", "workloads"), ("rivals", "peers"), ("workloads", "peers")]
+NEIGHBOURS += [("workloads", "cli"), ("peers", "cli")]
 HEAVY = {"cupy", "cupyx", "matplotlib", "mpi4py", "numba"} | {
+    "jax",
     "safetensors",
     "scipy",
     "sklearn",
+    "torch",
     "tqdm",
 }
 
