@@ -134,8 +134,11 @@ class GivenBatches:
     source : iterable of (x, y)
         A list, a data loader of another library, an object with ``__iter__``; not a generator,
         which would be used up after one epoch. It shuffles itself if it wants to.
-    convert : callable
-        ``(x, y) -> (x, y)``: checked, and brought to the device.
+    check : callable
+        ``(x, y) -> (x, y, y_dtype)``: arrays, checked, and the type that y is to have.
+    device : Device
+        Where to bring them: to a GPU while it works on the batches before.
+    x_dtype : dtype
 
     Raises
     ------
@@ -147,21 +150,29 @@ class GivenBatches:
 
     streamed = False
 
-    def __init__(self, source: Iterable[Any], convert: Callable[[Any, Any], Batch]) -> None:
+    def __init__(
+        self,
+        source: Iterable[Any],
+        check: Callable[[Any, Any], tuple[Array, Array, Any]],
+        device: Device,
+        x_dtype: Any,
+    ) -> None:
         if iter(source) is source:
             raise TypeError(
                 "a generator is used up after one epoch: give a list of (x, y) pairs, or an "
                 "object whose __iter__ begins anew"
             )
-        self._source, self._convert = source, convert
-        sizes = [len(x) for x, _ in self._pairs()]
+        self._source, self._check = source, check
+        self._device, self._x_dtype = device, np.dtype(x_dtype)
+        sizes = [len(x) for x, *_ in self._pairs()]
         if not sizes:
             raise ValueError("the source of batches is empty")
         self.n_samples, self.batch_size, self.n_steps = sum(sizes), max(sizes), len(sizes)
 
     def epoch(self, generator: np.random.Generator | None) -> Iterator[Batch]:
         """Yield (x, y) of one epoch, in the source's order."""
-        pairs, n = self._pairs(), 0
+        bring = self._on_gpu if self._device.kind == "gpu" else self._on_host
+        pairs, n = bring(), 0
         for pair in itertools.islice(pairs, self.n_steps):
             yield pair
             del pair  # before the next is brought
@@ -173,11 +184,67 @@ class GivenBatches:
                 "it must yield as many each time"
             )
 
-    def _pairs(self) -> Iterator[Batch]:
+    def _pairs(self) -> Iterator[tuple[Array, Array, Any]]:
         for pair in self._source:
             if not isinstance(pair, tuple | list) or len(pair) != 2:
                 raise ValueError("the source of batches must yield pairs (x, y)")
-            yield self._convert(*pair)
+            yield self._check(*pair)
+
+    def _on_host(self) -> Iterator[Batch]:
+        for x, y, dtype in self._pairs():
+            yield np.asarray(x, self._x_dtype), np.asarray(y, dtype)
+
+    def _on_gpu(self) -> Iterator[Batch]:
+        """Yield batches on a GPU; two more are on their way, if they come from the host."""
+        import cupy
+
+        streams = [cupy.cuda.Stream(non_blocking=True) for _ in range(CHUNKS)]
+        coming: deque[_Coming] = deque()
+        with Stager(self._device, copy_threads(), Trace.none()) as stager:
+            try:
+                for i, (x, y, dtype) in enumerate(self._pairs()):
+                    types = self._x_dtype, dtype
+                    coming.append(_Coming((x, y), types, streams[i % CHUNKS], stager))
+                    if len(coming) == CHUNKS:
+                        yield coming.popleft().arrays()
+                while coming:
+                    yield coming.popleft().arrays()
+            finally:  # their memory is about to be reused
+                for stream in streams:
+                    stream.synchronize()
+
+
+class _Coming:
+    """A batch on its way to a GPU; one that is there already is only converted."""
+
+    def __init__(
+        self, pair: tuple[Array, Array], dtypes: tuple[Any, Any], stream: Any, stager: Stager
+    ) -> None:
+        import cupy
+
+        self._stream, self._transfers = stream, []
+        self._shapes = [a.shape for a in pair]
+        if device_of(*pair).kind == "gpu":
+            self._there = [cupy.asarray(a, t) for a, t in zip(pair, dtypes, strict=True)]
+            return
+        tables = [a.reshape(len(a), -1) for a in pair]
+        self._there = [cupy.empty(a.shape, t) for a, t in zip(tables, dtypes, strict=True)]
+        # The memory may have been that of a batch which is still being worked on.
+        stream.wait_event(cupy.cuda.get_current_stream().record())
+        self._transfers = [
+            stager.load(a, there, stream) for a, there in zip(tables, self._there, strict=True)
+        ]
+
+    def arrays(self) -> Batch:
+        """Return x and y; work queued from now on waits until they are there."""
+        import cupy
+
+        for transfer in self._transfers:
+            transfer.wait_queued()
+        if self._transfers:
+            cupy.cuda.get_current_stream().wait_event(self._stream.record())
+        x, y = (a.reshape(s) for a, s in zip(self._there, self._shapes, strict=True))
+        return x, y
 
 
 class StreamedBatches:

@@ -327,7 +327,8 @@ class Stager:
         if isinstance(source, _Gathered):
             source.copy_to(pinned)
         else:
-            np.copyto(pinned, source, casting="unsafe")
+            with np.errstate(over="ignore"):  # what is too large becomes infinite
+                np.copyto(pinned, source, casting="unsafe")
         self._trace.on_host(FILL, begin, time.perf_counter())
         events = transfer.copy(i, pinned)
         buffer.copied = events[1]

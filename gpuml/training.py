@@ -19,7 +19,6 @@ import numpy as np
 from gpuml.batches import (
     GATHERED_BYTES,
     ArrayBatches,
-    Batch,
     Batches,
     GivenBatches,
     StreamedBatches,
@@ -1011,12 +1010,11 @@ def _source(
         if hasattr(X, "dtype"):
             raise ValueError("y is missing: give targets, or a source of batches (x, y) instead")
 
-        def converted(x: Any, t: Any) -> Batch:
+        def check(x: Any, t: Any) -> tuple[Array, Array, Any]:
             x, t = (a if hasattr(a, "dtype") else np.asarray(a) for a in (x, t))
-            t, dtype = _checked(model, x, t, loss)
-            return device.asarray(x, model.dtype), device.asarray(t, dtype)
+            return x, *_checked(model, x, t, loss)
 
-        return GivenBatches(X, converted)
+        return GivenBatches(X, check, device, model.dtype)
     y, dtype = _checked(model, X, y, loss)
     batch_size = min(batch_size or len(X), len(X))
     if device_of(X) == CPU:
