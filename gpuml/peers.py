@@ -275,6 +275,8 @@ class Contender:
 
     def _kill(self) -> None:
         """End it, and what it started."""
+        if self._process.returncode is not None:
+            return  # its number may be another's by now
         if hasattr(os, "killpg"):
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)

@@ -284,8 +284,13 @@ def jax_rival(task: Task) -> Run:
         state, losses = jax.lax.scan(step, state, order.reshape(-1, batch_size))
         return state, losses.mean()
 
+    def copied(layers: Any) -> Any:
+        return jax.tree.map(jnp.copy, layers), jax.tree.map(jnp.zeros_like, layers)
+
+    at_rest = jax.jit(copied)
+
     def run(n_epochs: int) -> tuple[float, float, str]:
-        state = (jax.tree.map(jnp.copy, start), jax.tree.map(jnp.zeros_like, start))
+        state = at_rest(start)
         losses = []
         for order in orders(len(X), n_epochs):
             state, loss = epoch(state, X, y, order.astype(np.int32))
