@@ -196,8 +196,15 @@ def array_module(*arrays: Array) -> ModuleType:
     """
     for a in arrays:
         if type(a) is not np.ndarray:
-            return device_of(*arrays).xp
-    return np
+            break
+    else:
+        return np
+    cupy = sys.modules.get("cupy")
+    if cupy is not None and all(type(a) is getattr(cupy, "ndarray", None) for a in arrays):
+        first = arrays[0].data.device_id  # much less work than to ask for the device
+        if all(a.data.device_id == first for a in arrays):
+            return cupy
+    return device_of(*arrays).xp
 
 
 def to_host(a: Any) -> Any:

@@ -25,6 +25,13 @@ def fused(xp: Any) -> bool:
     return xp is not np and not xp.cuda.runtime.is_hip
 
 
+def fits(stored: Array, number: Array) -> bool:
+    """Return whether these kernels take an array, and another that holds sums of its elements."""
+    kinds = stored.dtype.name, number.dtype.name
+    alike = kinds in (("float32",) * 2, ("float64",) * 2, ("bfloat16", "float32"))
+    return alike and bool(stored.flags.c_contiguous)
+
+
 def add_bias(z: Array, bias: Array, *, relu: bool) -> None:
     """Add the biases to a layer's sums, and apply ReLU if wanted, in place.
 

@@ -320,6 +320,8 @@ def compare_histories(histories: Mapping[str, History], column: str = "loss") ->
 
 def _plain(value: Any) -> float:
     """Return a number of any library as an int or a float of Python's."""
+    if type(value) is float or type(value) is int:
+        return value
     return int(value) if isinstance(value, Integral) else float(value)
 
 

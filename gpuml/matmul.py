@@ -61,6 +61,9 @@ def matmul(
         return np.matmul(a, b, out=out)
     if xp.cuda.runtime.is_hip or a.dtype.kind not in "fcV" or a.dtype != b.dtype:
         return xp.matmul(a, b, out=out)
+    if out is not None and out.dtype != a.dtype and (a.itemsize > 2 or out.dtype != np.float32):
+        out[...] = matmul(a, b, precision=precision)
+        return out
     if out is None:
         stack = a.shape[:-2]
         if stack != b.shape[:-2]:
@@ -491,6 +494,8 @@ def _as_matrix(x: Array) -> Array | None:
 
 def _step(x: Array) -> int | None:
     """Return the elements from one matrix of a stack to the next, or None if that varies."""
+    if x.ndim == 2:
+        return 0
     axes = [(n, s) for n, s in zip(x.shape[:-2], x.strides[:-2], strict=True) if n > 1]
     if any(s % x.itemsize for _, s in axes):
         return None
@@ -522,15 +527,18 @@ def _cublas(a: Array, b: Array, out: Array, precision: Precision | None, scale: 
     import cupy
     from cupy_backends.cuda.libs import cublas
 
-    a, b = (x if _layout(x) else _contiguous(x) for x in (a, b))
+    layouts = _layout(a), _layout(b), _layout(out)
+    if layouts[0] is None or layouts[1] is None:
+        a, b = (x if _layout(x) else _contiguous(x) for x in (a, b))
+        layouts = _layout(a), _layout(b), layouts[2]
     place = out
-    if _step(out) is None or (_layout(out) or (1, 0))[0]:
+    if _step(out) is None or (layouts[2] or (1, 0))[0]:
         place = _contiguous(out)
+        layouts = layouts[0], layouts[1], _layout(place)
+    (a_turned, a_row), (b_turned, b_row), (_, out_row) = layouts  # type: ignore[misc]
     code, compute, one, zero = _cublas_types(a.dtype.name, precision)
     sum_code = _cublas_types(out.dtype.name, None)[0]
     before = np.asarray(scale, one.dtype) if scale else zero
-    (a_turned, a_row), (b_turned, b_row) = _layout(a), _layout(b)  # type: ignore[misc]
-    (_, out_row) = _layout(place)  # type: ignore[misc]
     (m, k), n = a.shape[-2:], b.shape[-1]
     # cuBLAS counts by columns. What lies by rows is for it the transposed matrix, and the
     # transposed product is b' a'.

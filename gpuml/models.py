@@ -557,7 +557,7 @@ def linear(
     array of shape (…, batch, out)
     """
     outputs = matmul(x, weight, out, precision=precision)
-    if bias is not None and fused(array_module(outputs)):
+    if bias is not None and fused(array_module(outputs)) and gpu_layers.fits(outputs, bias):
         gpu_layers.add_bias(outputs, bias, relu=with_relu)
         return outputs
     if bias is not None:
@@ -590,7 +590,9 @@ def relu_slope(d: Array, outputs: Array, d_bias: Array | None = None) -> bool:
     bool
         Whether `d_bias` was written.
     """
-    if not (fused(array_module(d)) and d.flags.c_contiguous and outputs.flags.c_contiguous):
+    alike = d.dtype == outputs.dtype and outputs.flags.c_contiguous
+    number = d if d_bias is None else d_bias
+    if not (fused(array_module(d)) and alike and gpu_layers.fits(d, number)):
         d *= outputs > 0
     elif d_bias is not None and d.ndim == 2:
         gpu_layers.back_with_sums(d, outputs, d_bias)
@@ -625,7 +627,7 @@ def linear_gradient(
     if d_bias is None:
         return
     xp = array_module(d_outputs)
-    if fused(xp) and d_outputs.ndim == 2 and d_outputs.flags.c_contiguous:
+    if fused(xp) and d_outputs.ndim == 2 and gpu_layers.fits(d_outputs, d_bias):
         gpu_layers.back_with_sums(d_outputs, None, d_bias)
     elif fused(xp):  # the product with a row of ones is one launch, and takes any type
         matmul(_ones(d_outputs.shape[-2], d_outputs.dtype, d_bias.device.id), d_outputs, d_bias)

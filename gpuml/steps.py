@@ -239,7 +239,7 @@ def make_step(
     engine: Engine | None,
     precision: Precision | None = None,
     *,
-    n_epochs: int = 1,
+    n_epochs: int | None = 1,
 ) -> Step | FusedStep:
     """Put the step together, by the engine that is asked for or the best that can hold it.
 
@@ -252,8 +252,8 @@ def make_step(
     engine : {"eager", "graph", "fused", "one_pass", "gram"} or None
     precision : {"float32", "tf32", "bfloat16"}, optional
         How a GPU multiplies float32.
-    n_epochs : int
-        How often the data will pass: for few steps nothing is compiled.
+    n_epochs : int or None
+        How often the data will pass: for few steps nothing is compiled. None for very often.
 
     Returns
     -------
@@ -342,10 +342,11 @@ def _graph_limit(model: Model, data: Batches) -> str | None:
     return None
 
 
-def _pays(name: str, model: Model, data: Batches, n_epochs: int) -> bool:
+def _pays(name: str, model: Model, data: Batches, n_epochs: int | None) -> bool:
     """Return whether an engine is worth its start, if it can train the model."""
     if name in ("fused", "graph"):
-        enough = data.n_steps * n_epochs >= (FUSED_PAYS if name == "fused" else GRAPH_PAYS)
+        least = FUSED_PAYS if name == "fused" else GRAPH_PAYS
+        enough = n_epochs is None or data.n_steps * n_epochs >= least
         # A model of one's own may do more than launch kernels: engine="graph" tries.
         return enough and model.device.kind == "gpu" and type(model) in (Linear, MLP)
     if name == "one_pass" and type(model) is Linear:

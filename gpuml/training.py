@@ -205,7 +205,9 @@ def train(
         held_out = None
         if validation_data is not None:
             held_out = _source(model, *validation_data, loss, EVALUATED_ROWS, limit, smaller=True)
-        step = make_step(model, loss, optimizer, data, engine, precision, n_epochs=n_epochs)
+        # A run that may be taken up again for more epochs keeps its engine.
+        often = n_epochs if checkpoint is None else None
+        step = make_step(model, loss, optimizer, data, engine, precision, n_epochs=often)
         history = History(
             device=str(model.device),
             engine=step.engine,
@@ -585,15 +587,17 @@ class _FusedRun(_Run):
         sizes = np.full(self.data.n_steps, self.data.batch_size, float)
         sizes[-1] = self.data.n_samples - sizes[:-1].sum()
         begin, end = self.clock.told, self.clock.seconds(chunk.end)
-        for i, (row, epoch) in enumerate(zip(chunk.rows, losses.astype(float), strict=False)):
+        means = losses.astype(float) @ (sizes / self.data.n_samples)
+        seconds = np.linspace(begin, end, len(chunk.rows) + 1)[1:]
+        told = zip(chunk.rows, means.tolist(), seconds.tolist(), strict=False)
+        for row, mean, moment in told:
             if row["epoch"] <= self.n_told:
                 continue
-            row["loss"] = float(epoch @ (sizes / self.data.n_samples))
-            row["seconds"] = begin + (end - begin) * (i + 1) / len(chunk.rows)
+            row["loss"] = mean
             if self.held_out is not None and bar is not None:
-                seconds = row.pop("seconds")
                 self._measure(row)
-                row["seconds"] = max(seconds, self.clock.seconds(self.clock.now()))
+                moment = max(moment, self.clock.seconds(self.clock.now()))
+            row["seconds"] = moment
             self.history.append(row)
             self.n_told += 1
             if bar is not None:

@@ -700,6 +700,7 @@ class FakeArray:
     """Passes for an array of CuPy's where only its place counts."""
 
     device = SimpleNamespace(id=0)
+    data = SimpleNamespace(device_id=0)
 
 
 @pytest.fixture

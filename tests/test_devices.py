@@ -17,6 +17,7 @@ class FakeArray:
 
     def __init__(self, index: int) -> None:
         self.device = type("Place", (), {"id": index})()
+        self.data = type("Memory", (), {"device_id": index})()
 
 
 @pytest.fixture

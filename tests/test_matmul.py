@@ -716,6 +716,7 @@ class FakeArray:
 
     def __init__(self, index):
         self.device = type("Place", (), {"id": index})()
+        self.data = type("Memory", (), {"device_id": index})()
 
 
 def test_mixed_host_and_device_arrays_are_a_type_error(monkeypatch):
