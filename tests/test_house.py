@@ -28,7 +28,7 @@ FLOORS = [
     | {"metrics", "schedules"},
     {"models", "optimizers", "batches", "history", "blocked"}
     | {"gradients", "regression", "checkpoints"},
-    {"one_pass", "fused", "steps", "training"},
+    {"cpu_layers", "one_pass", "fused", "steps", "training"},
     {"doctor", "recordings", "cli", "__main__"},
 ]
 # On one floor, a module may use those to its left.
@@ -36,6 +36,7 @@ NEIGHBOURS = [("errors", "devices"), ("devices", "kernels"), ("errors", "kernels
 NEIGHBOURS += [("errors", "memory_maps"), ("devices", "gpu_layers"), ("kernels", "gpu_layers")]
 NEIGHBOURS += [("model_files", "timing"), ("plots", "timing"), ("models", "optimizers")]
 NEIGHBOURS += [("one_pass", "steps"), ("fused", "steps"), ("steps", "training")]
+NEIGHBOURS += [("cpu_layers", "steps")]
 NEIGHBOURS += [("models", "gradients"), ("models", "regression")]
 NEIGHBOURS += [("doctor", "cli"), ("recordings", "cli"), ("cli", "__main__")]
 HEAVY = {"cupy", "cupyx", "matplotlib", "mpi4py", "numba"} | {
