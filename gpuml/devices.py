@@ -10,6 +10,7 @@ import importlib.util
 import os
 import platform
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -226,8 +227,36 @@ def blas_threads(largest_product: float) -> Iterator[None]:
     if largest_product >= SERIAL_PRODUCT:
         yield
         return
-    with _thread_pools().limit(limits=1, user_api="blas"):
+    with _ONE_THREAD:
         yield
+
+
+class _OneThread:
+    """One BLAS thread as long as anybody wants so: the first limits, the last restores.
+
+    The number is the whole process's. Of two trainings in threads of their own, the one that
+    ends last would else restore the limit of the other.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._limit: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._users == 0:
+                self._limit = _thread_pools().limit(limits=1, user_api="blas")
+            self._users += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._users -= 1
+            if self._users == 0:
+                self._limit.restore_original_limits()
+
+
+_ONE_THREAD = _OneThread()
 
 
 @cache

@@ -58,6 +58,9 @@ def matmul(
     """
     xp = array_module(a, b)
     if xp is np:
+        plain = a.ndim == b.ndim == 2 and a.dtype == b.dtype and a.dtype.char in "fd"
+        if plain and (out is None or (out.dtype == a.dtype and out.flags.c_contiguous)):
+            return a.dot(b, out)  # BLAS as well, a microsecond sooner
         return np.matmul(a, b, out=out)
     if xp.cuda.runtime.is_hip or a.dtype.kind not in "fcV" or a.dtype != b.dtype:
         return xp.matmul(a, b, out=out)

@@ -8,6 +8,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from gpuml import fused, one_pass
 from gpuml.batches import Batches
+from gpuml.cpu_layers import CpuGradient
 from gpuml.devices import Array, array_module
 from gpuml.errors import unknown_name
 from gpuml.fused import FusedStep
@@ -83,8 +84,13 @@ class EagerStep:
         self._gradients = model.parameters.zeros_like()
         self._total: Any = None  # of the parts so far
         self.state = optimizer.init(model.parameters)
+        self._on_cpu: CpuGradient | None = None
+        if CpuGradient.limit(model, loss) is None:
+            self._on_cpu = CpuGradient(model, loss, self._gradients)
 
     def _gradient(self, x: Array, y: Array) -> Array:
+        if self._on_cpu is not None and self._on_cpu.fits(x):
+            return self._on_cpu(x, y)
         predictions, backward = self._model.forward(self._parameters, x, **self._options)
         value, d_predictions = self._loss(predictions, y)
         backward(d_predictions, self._gradients)

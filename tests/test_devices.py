@@ -141,6 +141,18 @@ def test_blas_threads_are_limited_for_small_products_and_restored():
         assert n_threads() == before
 
 
+def test_blas_threads_are_restored_by_the_last_of_two_that_overlap():
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        before = n_threads()
+        first, second = devices.blas_threads(1000.0), devices.blas_threads(1000.0)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert set(n_threads()) == {1}, "the second is still at work"
+        second.__exit__(None, None, None)
+        assert n_threads() == before
+
+
 def test_importing_gpuml_loads_nothing_heavy():
     program = (
         "import sys, gpuml; gpuml.train, gpuml.MLP, gpuml.load_dataset, gpuml.get_device('cpu');"

@@ -28,7 +28,7 @@ FLOORS = [
     | {"metrics", "schedules"},
     {"models", "optimizers", "batches", "history", "blocked"}
     | {"gradients", "regression", "checkpoints"},
-    {"one_pass", "fused", "steps", "training"},
+    {"cpu_layers", "one_pass", "fused", "steps", "training"},
     {"doctor", "recordings", "rivals", "workloads", "peers", "cli", "__main__"},
 ]
 # On one floor, a module may use those to its left.
@@ -37,6 +37,7 @@ NEIGHBOURS += [("errors", "memory_maps"), ("devices", "gpu_layers"), ("kernels",
 NEIGHBOURS += [("model_files", "timing"), ("plots", "timing"), ("models", "optimizers")]
 NEIGHBOURS += [("one_pass", "steps"), ("fused", "steps"), ("fused", "training")]
 NEIGHBOURS += [("steps", "training")]
+NEIGHBOURS += [("cpu_layers", "steps")]
 NEIGHBOURS += [("models", "gradients"), ("models", "regression")]
 NEIGHBOURS += [("doctor", "cli"), ("recordings", "cli"), ("cli", "__main__")]
 NEIGHBOURS += [("rivals", "workloads"), ("rivals", "peers"), ("workloads", "peers")]

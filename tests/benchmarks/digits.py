@@ -1,10 +1,10 @@
-"""The digits workload: gpuml beside scikit-learn and PyTorch on the CPU, in one run.
+"""The digits workload: gpuml beside scikit-learn, PyTorch and JAX on the CPU, in one run.
 
 An MLP 64-128-10 with ReLU and softmax cross entropy is trained on batches of 64 by gradient
 descent with momentum 0.9, in float32 with biases. Each rival gets the thread count that suits it
-best; gpuml chooses its own. A time counts only if the result is right: gpuml and PyTorch start
-from the same weights and see the same batches, so their losses must agree; scikit-learn, which
-draws its own, must learn the training data as well.
+best; gpuml and JAX choose their own. A time counts only if the result is right: gpuml, PyTorch and
+JAX start from the same weights and see the same batches, so their losses must agree; scikit-learn,
+which draws its own, must learn the training data as well. JAX compiles before its time is taken.
 
     python tests/benchmarks/digits.py
 """
@@ -16,6 +16,8 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from functools import cache
+from typing import Any
 
 import numpy as np
 from threadpoolctl import threadpool_limits
@@ -69,6 +71,59 @@ def with_torch(X: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     return time.perf_counter() - start, mean
 
 
+@cache
+def jax_epoch() -> Callable:
+    """Compile an epoch for JAX: a scan over the full batches, and a step on the shorter last."""
+    import jax
+    import jax.numpy as jnp
+
+    def loss(weights: list, x: Any, y: Any) -> Any:
+        (w1, b1), (w2, b2) = weights
+        logits = jax.nn.relu(x @ w1 + b1) @ w2 + b2
+        return -jnp.take_along_axis(jax.nn.log_softmax(logits), y[:, None], axis=1).mean()
+
+    def step(state: tuple, batch: tuple) -> tuple:
+        weights, velocity = state
+        value, gradient = jax.value_and_grad(loss)(weights, *batch)
+        velocity = jax.tree.map(lambda v, g: MOMENTUM * v + g, velocity, gradient)
+        weights = jax.tree.map(lambda w, v: w - RATE * v, weights, velocity)
+        return (weights, velocity), value
+
+    @jax.jit
+    def epoch(state: tuple, X: Any, y: Any, order: Any) -> tuple:
+        X, y = X[order], y[order]
+        full = len(X) // BATCH * BATCH
+        batches = X[:full].reshape(-1, BATCH, X.shape[1]), y[:full].reshape(-1, BATCH)
+        state, losses = jax.lax.scan(step, state, batches)
+        total = losses.sum() * BATCH
+        if full < len(X):
+            state, value = step(state, (X[full:], y[full:]))
+            total += value * (len(X) - full)
+        return state, total / len(X)
+
+    return epoch
+
+
+def with_jax(X: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    import jax
+
+    ours = gpuml.MLP([64, 128, 10], seed=SEED, device="cpu")
+    parameters = ours.parameters
+    weights = [(parameters[weight], parameters[bias]) for weight, bias in ours.layers]
+    cpu = jax.devices("cpu")[0]
+    start_state = jax.device_put((weights, jax.tree.map(np.zeros_like, weights)), cpu)
+    inputs, labels = (jax.device_put(a, cpu) for a in (X, y.astype(np.int32)))
+    jax_epoch()(start_state, inputs, labels, np.arange(len(X)))[1].block_until_ready()
+    generator = np.random.default_rng(SEED)
+    start = time.perf_counter()
+    state, losses = start_state, []
+    for _ in range(N_EPOCHS):
+        state, mean = jax_epoch()(state, inputs, labels, generator.permutation(len(X)))
+        losses.append(mean)
+    last = float(losses[-1])
+    return time.perf_counter() - start, last
+
+
 def with_sklearn(X: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     import warnings
 
@@ -115,6 +170,12 @@ def main() -> None:
         }
     except ImportError:
         print("PyTorch is not installed: left out")
+    try:
+        import jax
+
+        runs[f"JAX {jax.__version__}, jit + scan"] = with_jax
+    except ImportError:
+        print("JAX is not installed: left out")
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     losses: dict[str, float] = {}
     for _ in range(ROUNDS):  # in turn, so that a slow moment of the machine meets all alike
@@ -132,7 +193,7 @@ def main() -> None:
             f"{middle / ours:7.2f}{losses[name]:12.6f}"
         )
     for name, loss in losses.items():
-        if "PyTorch" in name:
+        if "PyTorch" in name or "JAX" in name:
             np.testing.assert_allclose(loss, losses["gpuml"], rtol=1e-3, err_msg=name)
         assert loss < 0.02, f"{name} has not learned"
 
