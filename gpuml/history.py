@@ -32,7 +32,8 @@ class History:
     device : str
         On what it ran.
     engine : str
-        How the steps ran: ``"eager"``.
+        How the steps ran: ``"eager"``, ``"graph"``, ``"fused"``, ``"one_pass"`` or ``"gram"``;
+        see :func:`gpuml.train`. A note says why, where a model is too much for a faster one.
     n_samples, batch_size : int
         Samples in each epoch, and in each full batch.
     notes : list of str

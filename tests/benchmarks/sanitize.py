@@ -2,6 +2,7 @@
 
     compute-sanitizer --tool memcheck --report-api-errors no python tests/benchmarks/sanitize.py
     compute-sanitizer --tool racecheck python tests/benchmarks/sanitize.py
+    compute-sanitizer --tool racecheck python tests/benchmarks/sanitize.py --training  # these alone
 
 Without that option memcheck also lists how CuPy and Numba ask the driver for functions that it
 does not have (cuGetProcAddress), which is no mistake.
@@ -11,6 +12,8 @@ Arrays are not taken from CuPy's memory pool, so that memcheck sees where each o
 """
 
 from __future__ import annotations
+
+import sys
 
 import numpy as np
 from kernels import check, notebook_kernels
@@ -61,8 +64,48 @@ def blocked_products() -> None:
             np.testing.assert_array_equal(c, x.astype(float) @ y.astype(float))
 
 
+def perceptrons(device: Device) -> None:
+    """Whole epochs in one launch: by a cluster, by one block, and by the whole GPU."""
+    rng = np.random.default_rng(0)
+    for sizes, batch_size in (
+        ([13, 50, 3], 20),
+        ([64, 128, 10], 64),
+        ([5, 3, 2], 7),
+        ([30, 33, 17, 7], 33),
+    ):
+        X = rng.normal(size=(2 * batch_size + 3, sizes[0])).astype(np.float32)
+        y = rng.integers(sizes[-1], size=len(X))
+        targets = rng.normal(size=(len(X), sizes[-1])).astype(np.float32)
+        for optimizer in (gpuml.GradientDescent(0.05, momentum=0.9), gpuml.Adam()):
+            for answers in (y, targets):
+                models = [gpuml.MLP(sizes, device=where) for where in (device, "cpu")]
+                for model in models:
+                    engine = "fused" if model.device == device else "eager"
+                    options = {"batch_size": batch_size, "n_epochs": 2, "engine": engine}
+                    gpuml.train(model, X, answers, optimizer=optimizer, **options)
+                a, b = (gpuml.to_host(model.parameters.flat) for model in models)
+                assert np.linalg.norm(a - b) < 1e-4 * np.linalg.norm(b)
+
+
+def layers(device: Device) -> None:
+    """What is between products, by the eager engine, in both precisions of storage."""
+    rng = np.random.default_rng(0)
+    X, y = rng.normal(size=(37, 13)).astype(np.float32), rng.integers(3, size=37)
+    for precision in ("float32", "bfloat16"):
+        model = gpuml.MLP([13, 52, 7, 3], device=device)
+        options = {"batch_size": 16, "n_epochs": 2, "engine": "eager", "precision": precision}
+        gpuml.train(model, X, y, **options)
+
+
 def main() -> None:
     device = gpuml.get_device("gpu")
+    if "--training" in sys.argv:
+        device.xp.cuda.set_allocator(None)
+        perceptrons(device)
+        layers(device)
+        device.synchronize()
+        print("all kernels of training ran, and are right")
+        return
     cupy = device.xp
     cupy.cuda.set_allocator(None)
     with device.use():
@@ -88,6 +131,8 @@ def main() -> None:
         for name, shape, error in check(device):
             assert error < 1e-6, (name, shape, error)
         small_products(device)
+        perceptrons(device)
+        layers(device)
         linear_gradients(device)
         blocked_products()
         device.synchronize()
