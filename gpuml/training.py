@@ -499,6 +499,7 @@ class _FusedRun(_Run):
         super().__init__(*arguments)
         self.chunks: list[_Chunk] = []  # launched, and not looked at
         self.copies = self.xp.cuda.Stream(non_blocking=True)
+        self.rate = float(to_host(self.base_rate))  # once: to read it is to wait for the device
 
     def _epochs(self, n_epochs: int, bar: _ProgressBar) -> None:
         """Train chunk by chunk, each twice as long as the one before."""
@@ -531,8 +532,7 @@ class _FusedRun(_Run):
         xp, n, n_steps = self.xp, self.data.n_samples, self.data.n_steps
         order = cupyx.empty_pinned((len(epochs), n), np.int32)
         rates = cupyx.empty_pinned(len(epochs), np.float32)
-        rows = []
-        base = float(to_host(self.base_rate))
+        rows, base = [], self.rate
         for i, epoch in enumerate(epochs):
             order[i] = np.arange(n) if self.generator is None else self.generator.permutation(n)
             row: dict[str, float] = {"epoch": epoch + 1, "loss": math.nan}
@@ -587,9 +587,11 @@ class _FusedRun(_Run):
         sizes = np.full(self.data.n_steps, self.data.batch_size, float)
         sizes[-1] = self.data.n_samples - sizes[:-1].sum()
         begin, end = self.clock.told, self.clock.seconds(chunk.end)
-        means = losses.astype(float) @ (sizes / self.data.n_samples)
+        shares = sizes / self.data.n_samples
+        # Each epoch by itself, for the same bits however many there are.
+        means = [float(epoch @ shares) for epoch in losses.astype(float)]
         seconds = np.linspace(begin, end, len(chunk.rows) + 1)[1:]
-        told = zip(chunk.rows, means.tolist(), seconds.tolist(), strict=False)
+        told = zip(chunk.rows, means, seconds.tolist(), strict=False)
         for row, mean, moment in told:
             if row["epoch"] <= self.n_told:
                 continue

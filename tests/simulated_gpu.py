@@ -146,6 +146,10 @@ class Runtime:
         return SimpleNamespace(type=int(Runtime.pinned))
 
     @staticmethod
+    def memcpyAsync(to, source, n_bytes, kind, stream):  # noqa: N802
+        Runtime.memcpy2DAsync(to, n_bytes, source, n_bytes, n_bytes, 1, kind, stream)
+
+    @staticmethod
     def memcpy2DAsync(to, to_pitch, source, source_pitch, width, height, kind, stream):  # noqa: N802
         assert min(to_pitch, source_pitch) >= width
 
