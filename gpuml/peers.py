@@ -164,6 +164,14 @@ class PeerTable:
         lines += [f"left out: {name}: {why}" for name, why in self.left_out.items()]
         return "\n".join(lines)
 
+    def plot(self, axis: Any = None) -> Any:
+        """Draw the times of all rivals and the floor; see :func:`gpuml.plots.step_times`."""
+        from gpuml import plots
+
+        seconds = {timing.name(name): timing.seconds for name, timing in self.rivals.items()}
+        title = f"{self.title}\nmeasured on {self.device.partition(',')[0]}, {self.date}"
+        return plots.step_times(seconds, self.floor, title, ours="gpuml", axis=axis)
+
     def to_json(self) -> dict[str, Any]:
         """Return the table as what JSON can hold; :meth:`from_json` reads it."""
         return asdict(self)

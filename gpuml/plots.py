@@ -18,6 +18,8 @@ MARKERS = "osD^vPX"
 SECTOR = 32  # bytes: the least that a GPU fetches from its memory at once
 LINE = 128  # bytes: four sectors, a cache line
 
+WHITE_EDGE: dict[str, Any] = {"edgecolor": "white", "linewidth": 0.3}
+
 MOST_WRITTEN = 30  # classes of a confusion matrix whose counts can be read
 
 
@@ -405,8 +407,49 @@ def ladder(rates: Mapping[str, float], title: str, axis: Any = None) -> Any:
     return axis.figure
 
 
+def step_times(
+    seconds: Mapping[str, float], floor: float, title: str, *, ours: str = "", axis: Any = None
+) -> Any:
+    """Draw how long a training step takes by several programs, as bars, and the least it can take.
+
+    Parameters
+    ----------
+    seconds : mapping of str to float
+        Of a step; from top to bottom.
+    floor : float
+        The least time that the device allows, drawn as a line; 0 for none.
+    title : str
+        What was trained, and on which device.
+    ours : str
+        Bars whose names begin so have a colour of their own.
+    axis : matplotlib.axes.Axes, optional
+        Where to draw; a new figure unless given.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    axis = _axis(axis, width=7.2, height=1.1 + 0.32 * len(seconds))
+    times = {name: t * 1e6 for name, t in seconds.items()}
+    colors = [COLORS[0] if ours and name.startswith(ours) else "0.6" for name in times]
+    bars = axis.barh(list(times), list(times.values()), color=colors)
+    axis.bar_label(bars, [f"{t:,.{0 if t >= 100 else 1}f}" for t in times.values()], padding=4)
+    label = "time of a step [µs]"
+    if floor:
+        axis.axvline(floor * 1e6, color=COLORS[1])
+        label += f"; the line is the floor, {float(f'{floor * 1e6:.3g}'):,g} µs"
+    axis.invert_yaxis()
+    axis.set_xscale("log")
+    axis.set_xlim(min([floor * 1e6 or math.inf, *times.values()]) / 3, 4 * max(times.values()))
+    axis.set_xlabel(label)
+    axis.set_title(title, fontsize="medium")
+    return axis.figure
+
+
 def time_line(spans: Mapping[str, Any], title: str, axis: Any = None) -> Any:
     """Draw when each kind of work was under way: a row each, from left to right in time.
+
+    Pieces that are too short to be seen are drawn as thin lines.
 
     Parameters
     ----------
@@ -422,12 +465,15 @@ def time_line(spans: Mapping[str, Any], title: str, axis: Any = None) -> Any:
     matplotlib.figure.Figure
     """
     axis = _axis(axis, width=8.0, height=1.3 + 0.42 * len(spans))
-    scale, unit = (1e3, "ms") if max(float(np.max(s)) for s in spans.values()) < 1 else (1, "s")
+    end = max(float(np.max(s)) for s in spans.values())
+    scale, unit = (1e6, "µs") if end < 1e-3 else (1e3, "ms") if end < 1 else (1, "s")
     for row, pieces in enumerate(spans.values()):
         begins, ends = np.asarray(pieces, float).T * scale
         bars = list(zip(begins, ends - begins, strict=True))
         color = COLORS[row % len(COLORS)]
-        axis.broken_barh(bars, (row - 0.35, 0.7), color=color, edgecolor="white", linewidth=0.3)
+        thin = np.median(ends - begins) < scale * end / 400
+        edge = {"edgecolor": color, "linewidth": 1} if thin else WHITE_EDGE
+        axis.broken_barh(bars, (row - 0.35, 0.7), facecolor=color, **edge)
     axis.set_yticks(range(len(spans)), list(spans))
     axis.invert_yaxis()
     axis.set_xlim(left=0)

@@ -185,6 +185,37 @@ def duration(seconds: float) -> str:
     return f"{seconds / 1e-9:.3g} ns"
 
 
+def returned_and_finished(
+    work: Callable[[], Any], device: Device, n_calls: int = 100
+) -> tuple[float, float]:
+    """Time calls until they have returned, and until their work is finished.
+
+    If both are equal, the device waits for the host; if not, the host for the device. On the CPU
+    they are equal.
+
+    Parameters
+    ----------
+    work : callable
+        Without arguments; called once beforehand.
+    device : Device
+    n_calls : int
+
+    Returns
+    -------
+    returned, finished : float
+        Seconds for a call, the mean of all.
+    """
+    with device.use():
+        work()
+        device.synchronize()
+        begin = time.perf_counter()
+        for _ in range(n_calls):
+            work()
+        returned = time.perf_counter() - begin
+        device.synchronize()
+        return returned / n_calls, (time.perf_counter() - begin) / n_calls
+
+
 def _device_for(device: Device | str | None, arguments: Sequence[Any]) -> Device:
     if device is not None:
         return get_device(device)

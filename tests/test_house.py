@@ -25,7 +25,7 @@ NOTEBOOKS = sorted(
 FLOORS = [
     {"errors", "devices", "kernels", "memory_maps", "blocking", "gpu_layers"},
     {"matmul", "losses", "datasets", "model_files", "plots", "timing", "staging", "journal"}
-    | {"metrics", "schedules"},
+    | {"metrics", "schedules", "operations", "rounding"},
     {"models", "optimizers", "batches", "history", "blocked"}
     | {"gradients", "regression", "checkpoints"},
     {"cpu_layers", "one_pass", "fused", "steps", "training"},

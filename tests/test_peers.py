@@ -276,6 +276,9 @@ def test_the_table_shows_ratios_and_the_share_of_the_floor():
     [row] = [line for line in lines if line.startswith("JAX scan")]
     assert row.split()[2:] == ["34.6", "34.6–34.6", "6.92", "5.8%", "1", "s"]
     assert "JAX 1.2, gpuml 1.2" in lines
+    [axis] = table.plot().axes
+    assert [bar.get_width() for bar in axis.patches] == pytest.approx([5, 1000, 34.6])
+    assert axis.get_title() == "digits\nmeasured on a device, 2026-01-01"
     assert lines[-2:] == [
         "gpuml graph ran by its engine eager",
         "left out: PyTorch compile: no compiler",

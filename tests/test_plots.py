@@ -208,3 +208,28 @@ def test_bars_and_lines_carry_their_units():
     times = plots.times({"cpu": ([1, 2], [0.5, 0.7])}, "a device")
     assert times.axes[0].get_ylabel() == "time [s]"
     assert {f.axes[0].get_title() for f in (ladder, transfers, times)} == {"a device"}
+
+
+def test_a_step_has_a_bar_for_each_program_and_a_line_at_the_floor():
+    figure = plots.step_times({"mine": 5e-6, "theirs": 9e-4}, 1e-7, "a device", ours="mi")
+    [axis] = figure.axes
+    assert [bar.get_width() for bar in axis.patches] == pytest.approx([5, 900])
+    assert axis.patches[0].get_facecolor() != axis.patches[1].get_facecolor()
+    assert list(axis.lines[0].get_xdata()) == pytest.approx([0.1, 0.1])
+    assert axis.get_xlabel() == "time of a step [µs]; the line is the floor, 0.1 µs"
+    assert [text.get_text() for text in axis.texts] == ["5.0", "900"]
+    assert not plots.step_times({"mine": 5e-6}, 0, "a device").axes[0].lines
+
+
+@pytest.mark.parametrize(("end", "unit"), [(2e-4, "µs"), (2e-2, "ms"), (2, "s")])
+def test_a_time_line_has_the_unit_that_suits_it(end, unit):
+    [axis] = plots.time_line({"host": [(0, end)], "device": [(end / 2, end)]}, "a device").axes
+    assert axis.get_xlabel() == f"time [{unit}]"
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["host", "device"]
+
+
+def test_the_shortest_pieces_of_a_time_line_can_be_seen():
+    [axis] = plots.time_line({"host": [(0, 1)], "device": [(0.5, 0.5001)]}, "a device").axes
+    host, device = axis.collections
+    assert device.get_linewidth()[0] > host.get_linewidth()[0]
+    assert np.allclose(device.get_edgecolor(), device.get_facecolor())

@@ -14,6 +14,7 @@ import pytest
 
 import gpuml
 from gpuml import timing
+from gpuml.devices import CPU
 from gpuml.timing import Ceilings, Comparison, Measurement, Row, benchmark, compare_devices
 
 
@@ -315,3 +316,16 @@ def test_times_agree_with_cupyx_and_torch(device):
     for work, seconds in json.loads(done.stdout)["seconds"].items():
         for profiler in seconds:
             assert seconds["gpuml"] == pytest.approx(seconds[profiler], rel=0.03), (work, profiler)
+
+
+def test_calls_are_timed_until_they_return_and_until_they_are_finished(device):
+    a = device.asarray(np.ones((256, 256), np.float32))
+    calls = []
+    returned, finished = timing.returned_and_finished(lambda: calls.append(a @ a), device, 5)
+    assert len(calls) == 6, "one beforehand"
+    assert 0 < returned <= finished
+
+
+def test_on_the_cpu_work_is_finished_when_its_call_returns():
+    returned, finished = timing.returned_and_finished(lambda: time.sleep(0.01), CPU, 3)
+    assert 0.01 <= returned <= finished < returned + 0.005
