@@ -38,7 +38,7 @@ def compile_cuda_c(text: str, architecture: str) -> tuple[int, str]:
     options = [f"--gpu-architecture={architecture}".encode(), b"-std=c++17", b"-default-device"]
     error, _ = call(nvrtc.nvrtcCompileProgram, program, len(options), options)
     _, length = call(nvrtc.nvrtcGetProgramLogSize, program)
-    log = b" " * length
+    log = b" " * (length + 1)  # written to: never Python's one and only object for one space
     call(nvrtc.nvrtcGetProgramLog, program, log)
     size = call(nvrtc.nvrtcGetCUBINSize, program)[1] if int(error) == 0 else 0
     call(nvrtc.nvrtcDestroyProgram, program)
