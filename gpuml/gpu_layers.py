@@ -25,10 +25,11 @@ def fused(xp: Any) -> bool:
     return xp is not np and not xp.cuda.runtime.is_hip
 
 
-def fits(stored: Array, number: Array) -> bool:
+def fits(stored: Array, sums: Array | None) -> bool:
     """Return whether these kernels take an array, and another that holds sums of its elements."""
-    kinds = stored.dtype.name, number.dtype.name
-    alike = kinds in (("float32",) * 2, ("float64",) * 2, ("bfloat16", "float32"))
+    summed = {"float32": "float32", "float64": "float64", "bfloat16": "float32"}
+    wanted = summed.get(stored.dtype.name)
+    alike = wanted is not None and (sums is None or sums.dtype.name == wanted)
     return alike and bool(stored.flags.c_contiguous)
 
 

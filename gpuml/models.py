@@ -591,8 +591,7 @@ def relu_slope(d: Array, outputs: Array, d_bias: Array | None = None) -> bool:
         Whether `d_bias` was written.
     """
     alike = d.dtype == outputs.dtype and outputs.flags.c_contiguous
-    number = d if d_bias is None else d_bias
-    if not (fused(array_module(d)) and alike and gpu_layers.fits(d, number)):
+    if not (fused(array_module(d)) and alike and gpu_layers.fits(d, d_bias)):
         d *= outputs > 0
     elif d_bias is not None and d.ndim == 2:
         gpu_layers.back_with_sums(d, outputs, d_bias)
@@ -642,12 +641,12 @@ def _ones(n: int, dtype: np.dtype[Any], device: int) -> Array:
     where = Device("gpu", device)
     with where.use():
         ones = where.xp.ones((1, n), np.float32)
-        return _rounded(ones) if dtype.itemsize == 2 else ones.astype(dtype)
+        return _rounded(ones) if dtype.name == "bfloat16" else ones.astype(dtype)
 
 
 def _rounded(x: Array) -> Array:
-    """Return a float32 array of a GPU as bfloat16."""
-    return x if x.dtype.itemsize == 2 else gpu_layers.to_bfloat16(x)
+    """Return an array of a GPU as bfloat16."""
+    return x if x.dtype.name == "bfloat16" else gpu_layers.to_bfloat16(x.astype("f", copy=False))
 
 
 def _sums(a: Array, b: Array, dtype: Any) -> Array:

@@ -297,7 +297,8 @@ class _Run:
         # Row, losses, mean loss and end of each epoch not looked at yet; and how many epochs,
         # counted from the very first, ended well, and how many of those the history tells of.
         self.pending: list[tuple[dict[str, float], Array, Array, Any]] = []
-        self.end = EpochEnd(self.flat) if fused(xp) else None
+        plain = self.flat.dtype.name in ("float32", "float64")
+        self.end = EpochEnd(self.flat) if fused(xp) and plain else None
         self.shares: tuple[Array, Array] | None = None  # for `end`: sizes, and their shares there
         self.fine, self.n_good = xp.ones((), bool), xp.zeros((), np.int64)
         if self.end is not None:
