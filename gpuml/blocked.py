@@ -61,7 +61,7 @@ from gpuml.timing import benchmark, duration
 SAFE_SHARE = {"gpu": 0.8, "cpu": 0.5}
 # What libraries take beside our buffers, out of the budget: cuBLAS 32 MiB and its kernels; on the
 # CPU Python, NumPy and the BLAS buffers. Of a small budget at most this share.
-RESERVE = {"gpu": 64 * 2**20, "cpu": 160 * 2**20}
+RESERVE = {"gpu": 64 * 2**20, "cpu": 192 * 2**20}
 RESERVED_SHARE = {"gpu": 1 / 8, "cpu": 1 / 2}
 
 # Panels of each operand at once. On a GPU one is multiplied, and two are on their way: so copies
@@ -665,9 +665,13 @@ class _HostPanels:
         for there, panel in self._there:
             if there == part:
                 return panel
+        old = None
         if len(self._there) == self._there.maxlen:
-            self._there.popleft()  # before the next takes memory
-        self._there.append((part, in_memory(self._source[part], self._dtype)))
+            _, old = self._there.popleft()  # the next takes its memory
+            if not old.flags.owndata:
+                old = None  # not a copy, but the operand itself
+        panel = in_memory(self._source[part], self._dtype, old)
+        self._there.append((part, panel))
         return self._there[-1][1]
 
 

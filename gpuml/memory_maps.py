@@ -5,12 +5,14 @@ from __future__ import annotations
 import mmap
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.lib.array_utils import byte_bounds
 
+from gpuml.devices import cpu_count
 from gpuml.errors import DataError
 
 # When a byte of a mapped file is read, Linux maps the 64 KiB about it, if it has them in memory.
@@ -18,7 +20,8 @@ WINDOW_BYTES = 64 * 2**10
 OVERLAP_WORK: Any = (
     10_000  # how hard to look for an element that two arrays share: below a millisecond
 )
-CHUNK_BYTES = 4 * 2**20  # of a file are in memory while it is copied
+CHUNK_BYTES = 4 * 2**20  # of a file are in memory while it is copied,
+MOST_THREADS = 8  # by so many threads together
 
 
 @dataclass(frozen=True)
@@ -109,16 +112,16 @@ def drop_pages(array: Any) -> None:
         part.map.madvise(mmap.MADV_DONTNEED, *part.whole_pages())
 
 
-def chunks(array: Any) -> Iterator[slice]:
-    """Yield parts of the first axis of a matrix that bring some 4 MiB of its file into memory."""
+def chunks(array: Any, n_at_once: int = 1) -> Iterator[slice]:
+    """Yield parts of the first axis of a matrix; so many bring some 4 MiB of its file to memory."""
     row_bytes = array.shape[1] * array.itemsize
     # Rows may repeat, or overlap: a copy has room for each.
     touched = max(row_bytes, min(abs(array.strides[0]), row_bytes + WINDOW_BYTES))
-    rows = max(1, CHUNK_BYTES // max(1, touched))
+    rows = max(1, CHUNK_BYTES // n_at_once // max(1, touched))
     return (slice(i, i + rows) for i in range(0, len(array), rows))
 
 
-def in_memory(array: Any, dtype: Any) -> Any:
+def in_memory(array: Any, dtype: Any, place: Any = None) -> Any:
     """Return a matrix in plain memory: itself, or a copy for which few pages are mapped at once.
 
     Parameters
@@ -126,6 +129,9 @@ def in_memory(array: Any, dtype: Any) -> Any:
     array : numpy.ndarray of shape (m, n)
     dtype : dtype
         Of the result.
+    place : numpy.ndarray, optional
+        A copy that is no longer needed. Its memory is used again where it fits: to take new
+        memory from the system costs as much as the copy.
 
     Returns
     -------
@@ -135,11 +141,21 @@ def in_memory(array: Any, dtype: Any) -> Any:
     if part is None or not part.shared:
         return np.asarray(array, dtype)
     if abs(array.strides[0]) < abs(array.strides[1]):
-        return in_memory(array.T, dtype).T
-    copy = np.empty(array.shape, dtype)
-    for rows in chunks(array):
+        return in_memory(array.T, dtype, None if place is None else place.T).T
+    fits = place is not None and place.shape == array.shape and place.dtype == dtype
+    copy = place if fits and place.flags.c_contiguous else np.empty(array.shape, dtype)
+
+    def bring(rows: slice) -> None:
         np.copyto(copy[rows], array[rows], casting="unsafe")
         drop_pages(array[rows])
+
+    n_threads = min(cpu_count(), MOST_THREADS)
+    parts = list(chunks(array, n_threads))
+    if len(parts) == 1:
+        bring(parts[0])
+    else:  # one thread cannot use the memory's bandwidth
+        with ThreadPoolExecutor(n_threads) as pool:
+            list(pool.map(bring, parts))
     return copy
 
 

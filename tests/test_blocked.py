@@ -254,7 +254,7 @@ def test_any_plan_gives_the_right_product_and_brings_what_it_says(
     plan = blocking.BlockPlan(*sizes, *tile, keeps, buffers, dtype.itemsize, sums, 10**9)
     brought = []
 
-    def on_host(array, to):
+    def on_host(array, to, place=None):
         brought.append(array.size * dtype.itemsize)
         return np.asarray(array, to)
 

@@ -33,7 +33,12 @@ FLOORS = [
 ]
 # On one floor, a module may use those to its left.
 NEIGHBOURS = [("errors", "devices"), ("devices", "kernels"), ("errors", "kernels")]
-NEIGHBOURS += [("errors", "memory_maps"), ("devices", "gpu_layers"), ("kernels", "gpu_layers")]
+NEIGHBOURS += [
+    ("errors", "memory_maps"),
+    ("devices", "memory_maps"),
+    ("devices", "gpu_layers"),
+    ("kernels", "gpu_layers"),
+]
 NEIGHBOURS += [("model_files", "timing"), ("plots", "timing"), ("models", "optimizers")]
 NEIGHBOURS += [("one_pass", "steps"), ("fused", "steps"), ("fused", "training")]
 NEIGHBOURS += [("steps", "training")]
