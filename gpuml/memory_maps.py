@@ -156,6 +156,7 @@ def in_memory(array: Any, dtype: Any, place: Any = None) -> Any:
     else:  # one thread cannot use the memory's bandwidth
         with ThreadPoolExecutor(n_threads) as pool:
             list(pool.map(bring, parts))
+        drop_pages(array)  # what a thread brought beside its own part
     return copy
 
 
