@@ -61,7 +61,7 @@ from gpuml.timing import benchmark, duration
 SAFE_SHARE = {"gpu": 0.8, "cpu": 0.5}
 # What libraries take beside our buffers, out of the budget: cuBLAS 32 MiB and its kernels; on the
 # CPU Python, NumPy and the BLAS buffers. Of a small budget at most this share.
-RESERVE = {"gpu": 64 * 2**20, "cpu": 192 * 2**20}
+RESERVE = {"gpu": 64 * 2**20, "cpu": 256 * 2**20}
 RESERVED_SHARE = {"gpu": 1 / 8, "cpu": 1 / 2}
 
 # Panels of each operand at once. On a GPU one is multiplied, and two are on their way: so copies
@@ -651,6 +651,8 @@ def _multiply_on_host(work: _Work, plan: BlockPlan, steps: list[Step], trace: Tr
         if step.last:
             work.finish(step.tile)
         work.bar.update(step)
+    a.drop()
+    b.drop()
 
 
 class _HostPanels:
@@ -667,12 +669,24 @@ class _HostPanels:
                 return panel
         old = None
         if len(self._there) == self._there.maxlen:
-            _, old = self._there.popleft()  # the next takes its memory
+            _, old = self._there.popleft()
+            drop_pages(old)
             if not old.flags.owndata:
-                old = None  # not a copy, but the operand itself
-        panel = in_memory(self._source[part], self._dtype, old)
+                old = None  # not a copy whose memory could be used again
+        block = self._source[part]
+        panel = block if self._fits(block) else in_memory(block, self._dtype, old)
         self._there.append((part, panel))
-        return self._there[-1][1]
+        return panel
+
+    def _fits(self, block: Array) -> bool:
+        """Return whether a part of a file can be multiplied where it is: all of its bytes count."""
+        whole = block.flags.c_contiguous or block.flags.f_contiguous
+        return whole and block.dtype == self._dtype and mapped_file(block) is not None
+
+    def drop(self) -> None:
+        """Give back the pages of files."""
+        for _, panel in self._there:
+            drop_pages(panel)
 
 
 def _multiply_on_gpu(
