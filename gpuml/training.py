@@ -494,8 +494,6 @@ class _FusedRun(_Run):
     that does not end well is taken back, and its good epochs are trained once more.
     """
 
-    step: Any
-
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.chunks: list[_Chunk] = []  # launched, and not looked at
@@ -575,7 +573,7 @@ class _FusedRun(_Run):
             good[-1] = False
         n_good = int(good.argmin()) if not good.all() else len(good)
         if n_good < len(good):
-            self._take_back(chunk, n_good)
+            n_good = self._take_back(chunk, n_good)
         self._tell(chunk, losses[:n_good], bar)
         if n_good < len(good):
             raise _not_finite(losses[n_good])
@@ -607,15 +605,23 @@ class _FusedRun(_Run):
                 bar.show_epoch(row)
         self.clock.told = self.history.seconds
 
-    def _take_back(self, chunk: _Chunk, n_good: int) -> None:
-        """Go back to the beginning of a chunk, and train only its good epochs."""
+    def _take_back(self, chunk: _Chunk, n_good: int) -> int:
+        """Go back to the beginning of a chunk, and train only its good epochs; return how many.
+
+        Losses may stay finite for a while after a weight has ceased to be, so weights decide.
+        """
         self.chunks = []
-        for array, before in zip(self.step.changing, chunk.before, strict=True):
-            array[...] = before
-        if n_good:
+        while True:
+            for array, before in zip(self.step.changing, chunk.before, strict=True):
+                array[...] = before
+            if n_good == 0:
+                return 0
             self.step.launch(
                 chunk.order[:n_good], chunk.rates[:n_good], self.xp.empty_like(chunk.losses)
             )
+            if bool(to_host(self.xp.isfinite(self.flat).all())):
+                return n_good
+            n_good -= 1
 
     def give_up(self) -> None:
         """Go back to the last epoch that ended well, the last of the history."""

@@ -183,6 +183,27 @@ def test_of_a_launch_that_diverges_the_good_epochs_are_kept(simulated, bad):
         assert (weights == MLP([6, 9, 3], device="cpu").parameters.flat).all()
 
 
+@pytest.mark.parametrize("bad", range(1, 12))
+def test_a_weight_that_is_not_finite_counts_though_no_loss_shows_it(simulated, monkeypatch, bad):
+    factors = {"schedule": lambda i, n: 1 + (i + 1) / 1000}  # by which the stand-in knows epochs
+    launch = StandIn.launch
+
+    def breaking(self, order, rates, losses):
+        for i, rate in enumerate(rates):
+            launch(self, order[i : i + 1], rates[i : i + 1], losses[i : i + 1])
+            if round((float(rate) / 0.05 - 1) * 1000) == bad:
+                self._eager._parameters["layers.0.bias"][0, 4] = -np.inf  # the unit is off now
+
+    monkeypatch.setattr(StandIn, "launch", breaking)
+    weights, history = train(**factors)
+    assert len(history) == bad - 1
+    monkeypatch.setattr(StandIn, "launch", launch)
+    expected = MLP([6, 9, 3], device="cpu").parameters.flat
+    if bad > 1:
+        expected, _ = train(n_epochs=bad - 1, **factors)
+    assert expected.tobytes() == weights.tobytes()
+
+
 @pytest.mark.parametrize("name", ["plain", "validated"])
 @pytest.mark.parametrize("place", ["launch", "event", "append", "copy"])
 @pytest.mark.parametrize("after", [1, 2, 3, 5, 8])

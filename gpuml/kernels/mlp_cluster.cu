@@ -232,7 +232,7 @@ void mlp_cluster(const float* X, const void* targets, const int* order, float* p
             for (int j = 0; j < 4; ++j) {
                 int u = unit + tile.column(j);
                 s.hidden[(row + tile.row(j)) * BY_UNIT + u] =
-                    fmaxf(tile.value(j) + s.input_bias[0][u], 0);
+                    relu(tile.value(j) + s.input_bias[0][u]);
             }
         }
         __syncthreads();

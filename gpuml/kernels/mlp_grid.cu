@@ -284,7 +284,7 @@ void mlp_grid(const float* X, const void* targets, const int* order, float* para
 #pragma unroll
                 for (int w = 0; w < WARPS; ++w) total += s.sum[w][t];
                 if (there)
-                    out[r * layer.line + c] = forward ? fmaxf(total + k, 0) : k > 0 ? total : 0;
+                    out[r * layer.line + c] = forward ? relu(total + k) : k > 0 ? total : 0;
                 __syncthreads();
             }
             meet(arrived, expected);

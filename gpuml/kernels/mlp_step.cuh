@@ -3,6 +3,9 @@
 
 constexpr float LOWEST = -3.402823466e38f;
 
+// Unlike fmaxf it lets NaN pass, so that the loss shows it.
+__device__ float relu(float x) { return x < 0 ? 0 : x; }
+
 enum { GRADIENT_DESCENT, MOMENTUM, ADAM };
 
 // What an optimizer needs beside the parameters and their gradient.
