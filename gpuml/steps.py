@@ -167,7 +167,8 @@ class GraphStep(EagerStep):
 
     def _give_up(self, error: Exception) -> None:
         self.engine = "eager"
-        self.reason = f"not graph, since the step cannot be captured: {_line(error)}"
+        said = f"not graph, since the step cannot be captured: {_line(error)}"
+        self.reason = "; ".join(filter(None, [self.reason, said]))
 
     def _allocator(self) -> Any:
         return self._model.device.xp.cuda.using_allocator(self._pool.malloc)
@@ -277,10 +278,10 @@ def make_step(
     reasons: list[str] = []
     for name in chosen:
         pays = engine is not None or _pays(name, model, data, n_epochs)
-        reason = _limit(name, model, loss, optimizer, data, precision) if pays else ""
+        reason = _limit(name, model, loss, optimizer, data, precision, engine) if pays else ""
         if reason is None:
             step: Step | FusedStep = _made(name, model, loss, optimizer, data, precision)
-            step.reason = "; ".join(reasons)
+            step.reason = "; ".join([*reasons, *filter(None, [step.reason])])
             return step
         if engine:
             raise ValueError(f"engine='{engine}' cannot train this: {reason}")
@@ -313,8 +314,9 @@ def _limit(
     optimizer: Optimizer,
     data: Batches,
     precision: Precision | None,
+    asked: str | None,
 ) -> str | None:
-    """Return why an engine cannot train a model, or None if it can."""
+    """Return why an engine cannot train a model, None if it can, or "" if it had better not."""
     low = precision in ("tf32", "bfloat16")
     if name in ("fused", "one_pass", "gram") and low:
         return f"it multiplies in float32, and precision is {precision}"
@@ -330,7 +332,8 @@ def _limit(
         if loss is not mean_squared_error:
             return "it is for the mean squared error"
         x, _ = next(iter(data.epoch(None)))
-        return one_pass.limit(model, x)
+        reason = one_pass.limit(model, x)
+        return "" if reason is None and not asked and not one_pass.pays(model, x) else reason
     if name == "graph":
         return _graph_limit(model, data)
     return None
@@ -355,9 +358,8 @@ def _pays(name: str, model: Model, data: Batches, n_epochs: int | None) -> bool:
         enough = n_epochs is None or data.n_steps * n_epochs >= least
         # A model of one's own may do more than launch kernels: engine="graph" tries.
         return enough and model.device.kind == "gpu" and type(model) in (Linear, MLP)
-    if name == "one_pass" and type(model) is Linear:
-        x, _ = next(iter(data.epoch(None)))
-        return one_pass.pays(model, x)
+    if name == "one_pass":
+        return type(model) is Linear
     return name == "eager"
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import gpuml
-from gpuml import MLP, Adam, GradientDescent, Linear
+from gpuml import MLP, Adam, GradientDescent, Linear, steps
 from gpuml.batches import ArrayBatches
 from gpuml.losses import mean_squared_error, softmax_cross_entropy
 from gpuml.steps import make_step, set_learning_rate
@@ -129,3 +130,28 @@ def test_a_schedule_changes_the_rate_that_the_step_reads(device, rng):
     set_learning_rate(step, base, 1.0)
     assert float(step.state["learning_rate"]) == 0.05
     assert float(base) == 0.05
+
+
+@pytest.mark.parametrize("engine", [None, "one_pass"])
+def test_one_batch_is_looked_at_to_choose_an_engine(rng, engine):
+    X, Y = problem(rng)
+    looks = []
+
+    class Counted(ArrayBatches):
+        def epoch(self, generator):
+            looks.append(generator)
+            return super().epoch(generator)
+
+    model = Linear(6, 2, dtype=np.float64, device="cpu")
+    make_step(model, mean_squared_error, GradientDescent(0.05), Counted(X, Y, 300), engine)
+    assert len(looks) == 1, "of streamed data each look begins to copy"
+
+
+def test_what_a_step_says_of_itself_is_kept(rng, monkeypatch):
+    X, Y = problem(rng)
+    found = SimpleNamespace(reason="not graph, since a library does not load")
+    monkeypatch.setattr(steps, "_made", lambda *_: found)
+    model = Linear(6, 2, dtype=np.float64, device="cpu")
+    data = ArrayBatches(X, Y, 300)
+    make_step(model, mean_squared_error, GradientDescent(0.05), data, None)
+    assert found.reason == "not graph, since a library does not load"
