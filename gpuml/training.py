@@ -225,7 +225,6 @@ def train(
                 "loss": _named(loss),
                 "optimizer": _settings(optimizer),
                 "engine": step.engine,
-                "precision": precision,
                 "device": model.device.kind,
                 "batch size": data.batch_size,
                 "rows in a chunk": getattr(data, "chunk_rows", None),
@@ -237,6 +236,8 @@ def train(
                 "data": _fingerprint(X, y) or {"rows of the source": data.n_samples},
                 "validation data": None if held_out is None else _fingerprint(*validation_data),  # type: ignore[misc]
             }
+            if precision is not None:  # a file from before there was a precision stays good
+                facts["precision"] = precision
             run.checkpoint = _Checkpoint(checkpoint, facts, checkpoint_every)
             run.take_up()
         bar = _ProgressBar(progress, n_epochs, data.n_steps, len(history))

@@ -380,6 +380,16 @@ def test_a_schedule_and_a_loss_of_ones_own_are_known_by_name(tmp_path):
         assert len(history) == n_epochs
 
 
+def test_a_precision_is_held_and_a_file_from_before_there_was_one_stays_good(tmp_path):
+    path = tmp_path / "run.safetensors"
+    train("Adam", tmp_path, n_epochs=1, checkpoint=path)
+    assert "precision" not in facts_of(path)
+    with pytest.raises(CheckpointError, match="precision"):
+        train("Adam", tmp_path, n_epochs=2, checkpoint=path, precision="float32")
+    _, history = train("Adam", tmp_path, n_epochs=2, checkpoint=path)
+    assert len(history) == 2
+
+
 def facts_of(path):
     with safe_open(path, "np") as file:
         return json.loads(file.metadata()["gpuml_checkpoint"])["facts"]
