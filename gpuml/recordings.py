@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import operator
 import re
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -29,6 +28,7 @@ from gpuml.timing import (
     compare_devices,
     device_ceilings,
     gemm_type,
+    returned_and_finished,
     transfer_bandwidths,
 )
 
@@ -330,17 +330,14 @@ def measure_queued(device: Device, *, size: int = QUEUED_SIZE) -> dict[str, floa
     dict of str to float
         ``returned`` and ``finished``, medians in seconds. On the CPU they are the same.
     """
-    samples = []
     with device.use():
         a = device.asarray(np.random.default_rng(0).random((size, size), np.float32))
-        for _ in range(5):
-            device.synchronize()
-            start = time.perf_counter()
+
+        def product() -> None:
             device.xp.matmul(a, a)
-            returned = time.perf_counter() - start
-            device.synchronize()
-            samples.append((returned, time.perf_counter() - start))
-    returned, finished = np.median(samples[1:], axis=0)  # the first call is longer
+
+        samples = [returned_and_finished(product, device, n_calls=1) for _ in range(4)]
+    returned, finished = np.median(samples, axis=0)
     return {"returned": float(returned), "finished": float(finished)}
 
 
