@@ -201,7 +201,8 @@ def array_module(*arrays: Array) -> ModuleType:
     else:
         return np
     cupy = sys.modules.get("cupy")
-    if cupy is not None and all(type(a) is getattr(cupy, "ndarray", None) for a in arrays):
+    kind = getattr(cupy, "ndarray", None)
+    if cupy is not None and all(type(a) is kind for a in arrays):
         first = arrays[0].data.device_id  # much less work than to ask for the device
         if all(a.data.device_id == first for a in arrays):
             return cupy

@@ -107,10 +107,12 @@ def plan_for(
     """Return which kernel holds a model, or why none does."""
     operations = 6.0 * batch_size * sum(map(math.prod, pairwise(sizes)))
     if operations > MOST_OPERATIONS:
-        return f"a step has {operations:.1e} operations, and fused kernels are for up to 2e9"
+        most = f"{MOST_OPERATIONS:.0e}"
+        return f"a step has {operations:.1e} operations, and fused kernels are for up to {most}"
     if sizes[-1] > MOST_OUTPUTS:
         return f"it has {sizes[-1]} outputs, and fused kernels are for up to {MOST_OUTPUTS}"
-    n_states = 2 if isinstance(optimizer, Adam) else int(bool(_momentum(optimizer)))
+    momentum = isinstance(optimizer, GradientDescent) and optimizer.momentum > 0
+    n_states = 2 if isinstance(optimizer, Adam) else int(momentum)
     classes = loss is softmax_cross_entropy
     room = _shared_memory(device) - RESERVED_BYTES
     if len(sizes) == 3 and batch_size <= MOST_BATCH["mlp_cluster"]:
@@ -129,10 +131,6 @@ def plan_for(
     needed, blocks = grid_bytes(sizes, batch_size, space), _n_processors(device)
     threads = THREADS["mlp_grid"]
     return Plan("mlp_grid", sizes, batch_size, blocks, threads, needed, classes, n_states, space)
-
-
-def _momentum(optimizer: Optimizer) -> float:
-    return float(getattr(optimizer, "momentum", 0.0))
 
 
 def _cluster_sizes(sizes: tuple[int, ...], batch_size: int, device: int) -> list[int]:
