@@ -195,16 +195,19 @@ def array_module(*arrays: Array) -> ModuleType:
     TypeError
         If arrays of both are mixed, or one is not an array.
     """
-    for a in arrays:
-        if type(a) is not np.ndarray:
-            break
-    else:
+    kind = type(arrays[0])
+    for a in arrays:  # a loop: this is asked for before every small piece of work
+        if type(a) is not kind:
+            return device_of(*arrays).xp
+    if kind is np.ndarray:
         return np
     cupy = sys.modules.get("cupy")
-    kind = getattr(cupy, "ndarray", None)
-    if cupy is not None and all(type(a) is kind for a in arrays):
+    if cupy is not None and kind is getattr(cupy, "ndarray", None):
         first = arrays[0].data.device_id  # much less work than to ask for the device
-        if all(a.data.device_id == first for a in arrays):
+        for a in arrays:
+            if a.data.device_id != first:
+                break
+        else:
             return cupy
     return device_of(*arrays).xp
 

@@ -28,8 +28,8 @@ def fused(xp: Any) -> bool:
 def fits(stored: Array, sums: Array | None) -> bool:
     """Return whether these kernels take an array, and another that holds sums of its elements."""
     summed = {"float32": "float32", "float64": "float64", "bfloat16": "float32"}
-    wanted = summed.get(stored.dtype.name)
-    alike = wanted is not None and (sums is None or sums.dtype.name == wanted)
+    wanted = summed.get(_name(stored))
+    alike = wanted is not None and (sums is None or _name(sums) == wanted)
     return alike and bool(stored.flags.c_contiguous)
 
 
@@ -51,7 +51,7 @@ def add_bias(z: Array, bias: Array, *, relu: bool) -> None:
     n = z.size // vector
     each = n // max(1, math.prod(bias.shape[:-2]))
     _launch(
-        _relu_layer("relu_layer", bias.dtype.name, z.dtype.name, vector),
+        _relu_layer("relu_layer", _name(bias), _name(z), vector),
         n,
         (z, bias, np.int64(n), np.int32(columns), np.int64(each), np.int32(relu)),
     )
@@ -66,7 +66,7 @@ def relu_slope(d: Array, outputs: Array) -> None:
         Contiguous, of the same type: float32, float64 or bfloat16.
     """
     vector = _vector(d, outputs)
-    kernel = _relu_layer("relu_layer_slope", _number(d), d.dtype.name, vector)
+    kernel = _relu_layer("relu_layer_slope", _number(d), _name(d), vector)
     n = d.size // vector
     _launch(kernel, n, (d, outputs, np.int64(n)))
 
@@ -94,7 +94,7 @@ def back_with_sums(d: Array, outputs: Array | None, sums: Array) -> None:
         n_parts = 2  # the sums cannot be written as they are
     each = -(-rows // n_parts)
     parts = sums if n_parts == 1 else cupy.empty((n_parts, units), sums.dtype)
-    options = _number(d), d.dtype.name, vector
+    options = _number(d), _name(d), vector
     pointer = np.intp(0) if outputs is None else outputs
     sizes = np.int32(rows), np.int32(units // vector), np.int32(each)
     _relu_layer("relu_layer_back", *options)(
@@ -137,7 +137,7 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
     rows = logits.size // classes
     row_loss = cupy.empty(rows, logits.dtype)
     value = cupy.empty(logits.shape[:-2], logits.dtype)
-    each, mean = _softmax(logits.dtype.name)
+    each, mean = _softmax(_name(logits))
     sizes = (np.int32(n) for n in (rows, classes, batch, labels.size))
     each((-(-rows * 32 // THREADS),), (THREADS,), (logits, labels, gradient, row_loss, *sizes))
     mean((max(1, value.size),), (THREADS,), (row_loss, value, np.int32(batch)))
@@ -288,7 +288,16 @@ def _vector(*arrays: Array) -> int:
 
 def _number(x: Array) -> str:
     """Return the type in which elements of an array are summed."""
-    return "float64" if x.dtype.name == "float64" else "float32"
+    return "float64" if _name(x) == "float64" else "float32"
+
+
+def _name(x: Array) -> str:
+    return _name_of(x.dtype)
+
+
+@cache
+def _name_of(dtype: np.dtype[Any]) -> str:
+    return dtype.name  # NumPy makes it anew each time, in some microseconds
 
 
 def _c_type(dtype: str) -> str:

@@ -101,7 +101,7 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
             "(…, batch, classes) and integers of shape (…, batch)"
         )
     batch, classes = logits.shape[-2:]
-    if fused(xp) and logits.dtype.name in ("float32", "float64"):
+    if fused(xp) and logits.dtype.char in "fd":
         return gpu_layers.softmax_cross_entropy(logits, labels)
     if labels.shape != logits.shape[:-1]:  # the same labels for each of the leading axes
         labels = xp.broadcast_to(labels, logits.shape[:-1])

@@ -25,6 +25,10 @@ WORKSPACE_BYTES = 32 * 2**20  # for cuBLAS inside a graph: what its manual advis
 FEWEST_SMALL = 256  # products; for fewer, compiling a kernel for their shape does not pay
 SMALL_THREADS = 128
 SHARED_BYTES = 48 * 1024  # what a block may have without asking
+# In tf32 cuBLAS multiplies xᵀ y of matrices that lie row by row at 0.63 of its best rate on an
+# H100. From this m n / (m + n) on it pays to transpose both first, at about the rate of a copy:
+# the time that is saved grows with m n, and that of the copies with m + n.
+TRANSPOSING_PAYS = 1500
 MOST_ROWS = 2**31 - 1  # cuBLAS and most BLAS count in 32 bits
 
 
@@ -201,7 +205,7 @@ def _batched_matmul(
     elif xp is np:
         _multiply_on_host(a, b, out)
     elif xp.cuda.runtime.is_hip or dtype.kind in "biu":
-        xp.matmul(a.astype(dtype, copy=False), b.astype(dtype, copy=False), out=out)
+        xp.matmul(*(_forwards(x.astype(dtype, copy=False)) for x in (a, b)), out=out)
     else:
         _multiply_on_gpu(a.astype(dtype, copy=False), b.astype(dtype, copy=False), out, compute)
     return out
@@ -482,6 +486,11 @@ def _contiguous(x: Array) -> Array:
     return xp.ndarray(bits.shape, x.dtype, memptr=bits.data)
 
 
+def _forwards(x: Array) -> Array:
+    """Return an array of a GPU as it is, or a copy if a stack runs backwards: CuPy cannot."""
+    return x if min(x.strides) >= 0 else array_module(x).ascontiguousarray(x)
+
+
 def _area(x: Array) -> int:
     return int(x.shape[-2] * x.shape[-1])
 
@@ -530,6 +539,8 @@ def _cublas(a: Array, b: Array, out: Array, precision: Precision | None, scale: 
     import cupy
     from cupy_backends.cuda.libs import cublas
 
+    if precision == "tf32" and a.ndim == 2:
+        a, b = _for_tf32(a, b)
     layouts = _layout(a), _layout(b), _layout(out)
     if layouts[0] is None or layouts[1] is None:
         a, b = (x if _layout(x) else _contiguous(x) for x in (a, b))
@@ -539,9 +550,9 @@ def _cublas(a: Array, b: Array, out: Array, precision: Precision | None, scale: 
         place = _contiguous(out)
         layouts = layouts[0], layouts[1], _layout(place)
     (a_turned, a_row), (b_turned, b_row), (_, out_row) = layouts  # type: ignore[misc]
-    code, compute, one, zero = _cublas_types(a.dtype.name, precision)
-    sum_code = _cublas_types(out.dtype.name, None)[0]
-    before = np.asarray(scale, one.dtype) if scale else zero
+    code, compute, sums = _cublas_types(a.dtype, precision)
+    sum_code = code if out.dtype == a.dtype else _cublas_types(out.dtype, None)[0]
+    one, before = _constant(1.0, sums)[1], _constant(float(scale), sums)[1]
     (m, k), n = a.shape[-2:], b.shape[-1]
     # cuBLAS counts by columns. What lies by rows is for it the transposed matrix, and the
     # transposed product is b' a'.
@@ -550,17 +561,47 @@ def _cublas(a: Array, b: Array, out: Array, precision: Precision | None, scale: 
     if captured:
         handle, multiply = captured.number, captured.multiply
     multiply(
-        handle, b_turned, a_turned, n, m, k, _address(one), b.data.ptr, code, b_row, _step(b),
-        a.data.ptr, code, a_row, _step(a), _address(before), place.data.ptr, sum_code, out_row,
+        handle, b_turned, a_turned, n, m, k, one, b.data.ptr, code, b_row, _step(b),
+        a.data.ptr, code, a_row, _step(a), before, place.data.ptr, sum_code, out_row,
         _step(place), out.size // (m * n), compute, cublas.CUBLAS_GEMM_DEFAULT,
     )  # fmt: skip
     if place is not out:
         out[...] = place
 
 
+def _for_tf32(a: Array, b: Array) -> tuple[Array, Array]:
+    """Return the factors of a large product so that the axis which is summed is contiguous."""
+    m, n = a.shape[0], b.shape[1]
+    if m * n < TRANSPOSING_PAYS * (m + n) or not (_transposable(a.T) and _transposable(b)):
+        return a, b
+    return _transposed(a.T), _transposed(b).T
+
+
+def _transposable(x: Array) -> bool:
+    divisible = x.shape[0] % 4 == x.shape[1] % 4 == x.data.ptr % 16 == 0
+    return bool(divisible and x.dtype.char == "f" and x.flags.c_contiguous)
+
+
+def _transposed(x: Array) -> Array:
+    """Return the transpose as an array of its own."""
+    import cupy
+
+    rows, columns = x.shape
+    out = cupy.empty((columns, rows), x.dtype)
+    _transpose()(
+        (-(-columns // 64), -(-rows // 64)), (256,), (x, out, np.int32(rows), np.int32(columns))
+    )
+    return out
+
+
 @cache
-def _cublas_types(dtype: str, precision: Precision | None) -> tuple[int, int, Any, Any]:
-    """Return cuBLAS's codes of a type and of the way to sum, and 1 and 0 of that sum's type."""
+def _transpose() -> Any:
+    return load_kernel("transpose")
+
+
+@cache
+def _cublas_types(dtype: np.dtype[Any], precision: Precision | None) -> tuple[int, int, str]:
+    """Return cuBLAS's codes of a type and of the way to sum, and the type of its factors."""
     from cupy.cuda import runtime
     from cupy_backends.cuda.libs import cublas
 
@@ -578,12 +619,15 @@ def _cublas_types(dtype: str, precision: Precision | None) -> tuple[int, int, An
         "float64": (runtime.CUDA_R_64F, double, "d"),
         "complex64": (runtime.CUDA_C_32F, single, "F"),
         "complex128": (runtime.CUDA_C_64F, double, "D"),
-    }[dtype]
-    return code, way, np.asarray(1, sums), np.asarray(0, sums)
+    }[dtype.name]
+    return code, way, sums
 
 
-def _address(number: Array) -> int:
-    return int(number.__array_interface__["data"][0])
+@cache
+def _constant(value: float, dtype: str) -> tuple[Array, int]:
+    """Return a number as cuBLAS reads it, kept in memory, and its address."""
+    number = np.asarray(value, dtype)
+    return number, int(number.__array_interface__["data"][0])
 
 
 def _multiply_small(a: Array, b: Array, out: Array) -> bool:

@@ -853,6 +853,18 @@ def test_precision_holds_for_one_call(device, rng, stacks):
         assert errors["tf32"] > 10 * errors["float32"]
 
 
+def test_large_products_of_transposed_matrices_in_tf32(device, rng):
+    """Both factors are transposed first, if tiles of 64 end beyond the matrices as well."""
+    x = device.asarray(rng.normal(size=(76, 3112)).astype(np.float32))
+    d = device.asarray(rng.normal(size=(76, 3084)).astype(np.float32))
+    x_before = gpuml.to_host(x).copy()
+    out = device.xp.full((3112, 3084), np.nan, np.float32)
+    c = matmul.matmul(x.T, d, out, precision="tf32")
+    assert c is out
+    assert relative_error(c, x.T, d) < 2e-3
+    np.testing.assert_array_equal(gpuml.to_host(x), x_before)
+
+
 def test_precision_is_for_float32(device):
     xp = device.xp
     for dtype in ("float64", "float16", "int32", "complex128"):
