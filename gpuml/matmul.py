@@ -488,7 +488,7 @@ def _contiguous(x: Array) -> Array:
 
 def _forwards(x: Array) -> Array:
     """Return an array of a GPU as it is, or a copy if a stack runs backwards: CuPy cannot."""
-    return x if min(x.strides) >= 0 else array_module(x).ascontiguousarray(x)
+    return x if min(x.strides) >= 0 else x.copy()
 
 
 def _area(x: Array) -> int:
