@@ -26,8 +26,8 @@ FEWEST_SMALL = 256  # products; for fewer, compiling a kernel for their shape do
 SMALL_THREADS = 128
 SHARED_BYTES = 48 * 1024  # what a block may have without asking
 # In tf32 cuBLAS multiplies xᵀ y of matrices that lie row by row at 0.63 of its best rate on an
-# H100. From this m n / (m + n) on it pays to transpose both first, at about the rate of a copy:
-# the time that is saved grows with m n, and that of the copies with m + n.
+# H100. From this m n / (m + n) on it pays to transpose both first: the time that is saved grows
+# with m n, and that of the copies with m + n. Only training does, whose memory has no budget.
 TRANSPOSING_PAYS = 1500
 MOST_ROWS = 2**31 - 1  # cuBLAS and most BLAS count in 32 bits
 
@@ -79,6 +79,8 @@ def matmul(
     if out.size == 0 or a.shape[-1] == 0:
         out[...] = 0
     elif out.ndim == 2:
+        if precision == "tf32":
+            a, b = _for_tf32(a, b)
         _cublas(a, b, out, precision)
     else:
         _multiply_on_gpu(a, b, out, precision)
@@ -539,8 +541,6 @@ def _cublas(a: Array, b: Array, out: Array, precision: Precision | None, scale: 
     import cupy
     from cupy_backends.cuda.libs import cublas
 
-    if precision == "tf32" and a.ndim == 2:
-        a, b = _for_tf32(a, b)
     layouts = _layout(a), _layout(b), _layout(out)
     if layouts[0] is None or layouts[1] is None:
         a, b = (x if _layout(x) else _contiguous(x) for x in (a, b))

@@ -853,16 +853,25 @@ def test_precision_holds_for_one_call(device, rng, stacks):
         assert errors["tf32"] > 10 * errors["float32"]
 
 
-def test_large_products_of_transposed_matrices_in_tf32(device, rng):
-    """Both factors are transposed first, if tiles of 64 end beyond the matrices as well."""
+def test_large_products_of_transposed_matrices_in_tf32(device, rng, monkeypatch):
+    """They are transposed first, also where tiles of 64 reach beyond them; within a budget not."""
+    made, transposed = [], matmul._transposed
+    monkeypatch.setattr(matmul, "_transposed", lambda x: made.append(x.shape) or transposed(x))
     x = device.asarray(rng.normal(size=(76, 3112)).astype(np.float32))
     d = device.asarray(rng.normal(size=(76, 3084)).astype(np.float32))
     x_before = gpuml.to_host(x).copy()
     out = device.xp.full((3112, 3084), np.nan, np.float32)
+    multiply_into(x.T, d, out, precision="tf32")
+    assert made == []
+    out[...] = np.nan
     c = matmul.matmul(x.T, d, out, precision="tf32")
     assert c is out
     assert relative_error(c, x.T, d) < 2e-3
     np.testing.assert_array_equal(gpuml.to_host(x), x_before)
+    assert made == ([(76, 3112), (76, 3084)] if is_nvidia(device) else [])
+    matmul.matmul(x[:, :2048].T, d, precision="tf32")  # too small to pay
+    matmul.matmul(x.T, d, out, precision="float32")
+    assert len(made) in (0, 2)
 
 
 def test_precision_is_for_float32(device):
