@@ -41,7 +41,7 @@ constexpr int OWN = ROWS / CLUSTER;  // rows of which a block makes the predicti
 // Bytes that a block gets in a step: what all units add to its rows, and the gradient, with the
 // loss, of each row.
 constexpr int SUMS_BYTES = ROWS * round_up(OUTPUTS, 2) * 4, GRADIENT_BYTES = ROWS * (OUTPUTS + 1) * 4;
-static_assert(BATCH <= THREADS, "a thread for each row");
+static_assert(BATCH <= THREADS && OUTPUTS <= THREADS, "a thread for each row, and each output");
 
 struct Shared {
     float input_weight[KEPT][UNITS * BY_FEATURE];  // unit by unit
@@ -85,7 +85,14 @@ struct Mail {
     unsigned long long state;
 
     __device__ unsigned here() const { return (unsigned)__cvta_generic_to_shared(&state); }
-    __device__ void begin() { asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(here())); }
+    __device__ void begin()
+    {
+        asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(here()) : "memory");
+    }
+    __device__ void end()
+    {
+        asm volatile("mbarrier.inval.shared.b64 [%0];" ::"r"(here()) : "memory");
+    }
     __device__ void expect(int bytes)
     {
         asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(here()), "r"(bytes)
@@ -136,21 +143,33 @@ void mlp_cluster(const float* X, const void* targets, const int* order, float* p
     const int t = threadIdx.x, lane = t % 32, warp = t / 32;
     const unsigned rank = cluster_rank();
     const int first_unit = rank * SHARE, n_units = max(0, min(SHARE, HIDDEN - first_unit));
-    float* vectors[3] = {parameters, first, second};
+    // What this block keeps of the parameters, and of the vectors like them: here, and there.
+    auto for_each_number = [&](int n_outputs, auto visit) {
+#pragma unroll 1
+        for (int v = 0; v < KEPT; ++v) {
+            float *w1 = v == 0 ? parameters : v == 1 ? first : second;
+            float *b1 = w1 + FEATURES * HIDDEN, *w2 = b1 + HIDDEN, *b2 = w2 + HIDDEN * OUTPUTS;
+#pragma unroll 2
+            for (int i = t; i < FEATURES * SHARE; i += THREADS) {
+                const int f = i / SHARE, u = i % SHARE;
+                if (u < n_units)
+                    visit(s.input_weight[v][u * BY_FEATURE + f], w1[f * HIDDEN + first_unit + u]);
+            }
+#pragma unroll 1
+            for (int i = t; i < OUTPUTS * n_units; i += THREADS)
+                visit(s.output_weight[v][i % OUTPUTS * BY_UNIT + i / OUTPUTS],
+                      w2[first_unit * OUTPUTS + i]);
+#pragma unroll 1
+            for (int i = t; i < n_units; i += THREADS)
+                visit(s.input_bias[v][i], b1[first_unit + i]);
+            if (t < n_outputs) visit(s.output_bias[v][t], b2[t]);
+        }
+    };
 
-    for (int i = t; i < sizeof(Shared) / 4; i += THREADS) ((float*)memory)[i] = 0;
+#pragma unroll 1
+    for (int i = t; i < sizeof(Shared) / 8; i += THREADS) ((long long*)memory)[i] = 0;
     __syncthreads();
-    for (int v = 0; v < KEPT; ++v) {
-        const float *w1 = vectors[v], *b1 = w1 + FEATURES * HIDDEN, *w2 = b1 + HIDDEN;
-        for (int i = t; i < FEATURES * n_units; i += THREADS)
-            s.input_weight[v][i % n_units * BY_FEATURE + i / n_units] =
-                w1[i / n_units * HIDDEN + first_unit + i % n_units];
-        for (int i = t; i < n_units; i += THREADS) s.input_bias[v][i] = b1[first_unit + i];
-        for (int i = t; i < OUTPUTS * n_units; i += THREADS)
-            s.output_weight[v][i % OUTPUTS * BY_UNIT + i / OUTPUTS] = w2[first_unit * OUTPUTS + i];
-        for (int i = t; i < OUTPUTS; i += THREADS)
-            s.output_bias[v][i] = w2[HIDDEN * OUTPUTS + i];
-    }
+    for_each_number(OUTPUTS, [](float& here, float there) { here = there; });
     Rates rates = {0, numbers[0], numbers[1], numbers[2], numbers[3], numbers[4],
                    numbers[5], numbers[6]};
     auto follow = [&](auto& weights, int i, float gradient, bool decays) {
@@ -198,9 +217,11 @@ void mlp_cluster(const float* X, const void* targets, const int* order, float* p
     fetch_rows(step);
     end_of_group();
     Mail* mail = (Mail*)s.mail;
-    if (CLUSTER > 1 && t < 2) {
-        mail[t].begin();
+    if (CLUSTER > 1 && t == 0) {
+        mail[0].begin();
+        mail[1].begin();
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+        __syncwarp(1);  // keeps this a branch: see tests/benchmarks/sanitize.py
     }
     meet();  // all blocks have begun: their memory may be written to
 
@@ -369,18 +390,12 @@ void mlp_cluster(const float* X, const void* targets, const int* order, float* p
         }
     }
 
-    __syncthreads();
-    for (int v = 0; v < KEPT; ++v) {
-        float *w1 = vectors[v], *b1 = w1 + FEATURES * HIDDEN, *w2 = b1 + HIDDEN;
-        for (int i = t; i < FEATURES * n_units; i += THREADS)
-            w1[i / n_units * HIDDEN + first_unit + i % n_units] =
-                s.input_weight[v][i % n_units * BY_FEATURE + i / n_units];
-        for (int i = t; i < n_units; i += THREADS) b1[first_unit + i] = s.input_bias[v][i];
-        for (int i = t; i < OUTPUTS * n_units; i += THREADS)
-            w2[first_unit * OUTPUTS + i] = s.output_weight[v][i % OUTPUTS * BY_UNIT + i / OUTPUTS];
-        for (int i = t; i < OUTPUTS && rank == 0; i += THREADS)
-            w2[HIDDEN * OUTPUTS + i] = s.output_bias[v][i];
+    meet();  // no block ends while another may send to it
+    if (CLUSTER > 1 && t == 0) {
+        mail[0].end();
+        mail[1].end();
     }
+    for_each_number(rank == 0 ? OUTPUTS : 0, [](float here, float& there) { there = here; });
     if (rank == 0 && t == 0 && OPTIMIZER == ADAM) {
         numbers[5] = rates.power1;
         numbers[6] = rates.power2;

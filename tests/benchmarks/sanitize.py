@@ -3,12 +3,30 @@
     compute-sanitizer --tool memcheck --report-api-errors no python tests/benchmarks/sanitize.py
     compute-sanitizer --tool racecheck python tests/benchmarks/sanitize.py
     compute-sanitizer --tool racecheck python tests/benchmarks/sanitize.py --training  # these alone
+    compute-sanitizer --tool synccheck python tests/benchmarks/sanitize.py --training
 
-Without that option memcheck also lists how CuPy and Numba ask the driver for functions that it
-does not have (cuGetProcAddress), which is no mistake.
+With ``--kernel-name kns=mlp_cluster`` racecheck, which is slow, looks at that kernel alone.
+
+Without ``--report-api-errors no`` memcheck also lists how CuPy and Numba ask the driver for
+functions that it does not have (cuGetProcAddress), which is no mistake.
 
 The deliberate mistakes of notebook 02 (count_badly, add_unguarded) are left out.
 Arrays are not taken from CuPy's memory pool, so that memcheck sees where each of them ends.
+
+The tools know an mbarrier by a note of the compiler in the binary: an instruction, and the register
+that holds the address (``cuobjdump -elf``: EIATTR_MBARRIER_INSTR_OFFSETS). Where ptxas (of CUDA 13)
+makes predicates of the branch around ``mbarrier.init``, the note is for a NOP that all threads
+execute, and the tools take what that register happens to hold in the others for addresses of
+barriers. In mlp_cluster.cu racecheck so saw writes to weights and rows that nobody makes, and
+synccheck's table of barriers overflowed and the launch failed: it seems to have ended warps that
+waited for a barrier which had no room there (``--missing-barrier-init-is-fatal``). The
+``__syncwarp`` behind the initialisation keeps the branch. Each MBARRIER_INIT should be at a
+SYNCS.EXCH, none at a NOP.
+
+On an H100 memcheck, initcheck and synccheck find nothing. Racecheck finds no error in mlp_cluster,
+and warns of eight pairs where one block trains alone: rows copied before the first step
+(``cp.async``), and read for the weights' gradient. In between each thread waits for its copies
+(``wait_for_all_but<0>``), and then all threads meet.
 """
 
 from __future__ import annotations
