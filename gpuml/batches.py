@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -172,17 +172,18 @@ class GivenBatches:
     def epoch(self, generator: np.random.Generator | None) -> Iterator[Batch]:
         """Yield (x, y) of one epoch, in the source's order."""
         bring = self._on_gpu if self._device.kind == "gpu" else self._on_host
-        pairs, n = bring(), 0
-        for pair in itertools.islice(pairs, self.n_steps):
-            yield pair
-            del pair  # before the next is brought
-            n += 1
-        if n < self.n_steps or next(pairs, None) is not None:
-            found = n if n < self.n_steps else "more"
-            raise ValueError(
-                f"the source of batches yielded {self.n_steps} the first time, and now {found}: "
-                "it must yield as many each time"
-            )
+        n = 0
+        with closing(bring()) as pairs:
+            for pair in itertools.islice(pairs, self.n_steps):
+                yield pair
+                del pair  # before the next is brought
+                n += 1
+            if n < self.n_steps or next(pairs, None) is not None:
+                found = n if n < self.n_steps else "more"
+                raise ValueError(
+                    f"the source of batches yielded {self.n_steps} the first time, and now "
+                    f"{found}: it must yield as many each time"
+                )
 
     def _pairs(self) -> Iterator[tuple[Array, Array, Any]]:
         for pair in self._source:
@@ -190,11 +191,11 @@ class GivenBatches:
                 raise ValueError("the source of batches must yield pairs (x, y)")
             yield self._check(*pair)
 
-    def _on_host(self) -> Iterator[Batch]:
+    def _on_host(self) -> Generator[Batch]:
         for x, y, dtype in self._pairs():
             yield np.asarray(x, self._x_dtype), np.asarray(y, dtype)
 
-    def _on_gpu(self) -> Iterator[Batch]:
+    def _on_gpu(self) -> Generator[Batch]:
         """Yield batches on a GPU; two more are on their way, if they come from the host."""
         import cupy
 
@@ -326,14 +327,15 @@ class StreamedBatches:
         """Yield (x, y) of one epoch; a full batch in several parts."""
         chunks = self._chunks(generator)
         bring = self._on_gpu if self._device.kind == "gpu" else self._on_host
-        for x, y, order in bring(chunks):
-            if order is not None:
-                order = self._device.asarray(order)
-                x, y = x.take(order, axis=0), y.take(order, axis=0)
-            size = min(self.batch_size, len(x))
-            for start in range(0, len(x), size):
-                yield x[start : start + size], y[start : start + size]
-            del x, y  # before the next chunk takes as much again
+        with closing(bring(chunks)) as brought:  # as soon as an epoch is given up, too
+            for x, y, order in brought:
+                if order is not None:
+                    order = self._device.asarray(order)
+                    x, y = x.take(order, axis=0), y.take(order, axis=0)
+                size = min(self.batch_size, len(x))
+                for start in range(0, len(x), size):
+                    yield x[start : start + size], y[start : start + size]
+                del x, y  # before the next chunk takes as much again
 
     def _chunks(self, generator: np.random.Generator | None) -> Iterator[Chunk]:
         """Yield runs of neighbouring rows that make a chunk, and the order to put them in."""
@@ -361,7 +363,7 @@ class StreamedBatches:
                     runs.appendleft(slice(cut, run.stop))
             yield taken, generator.permutation(size)
 
-    def _on_host(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Array, Array, Any]]:
+    def _on_host(self, chunks: Iterator[Chunk]) -> Generator[tuple[Array, Array, Any]]:
         """Yield chunks on the CPU; the next one is read ahead."""
         after = next(chunks, None)
         with ThreadPoolExecutor(cpu_count()) as pool:
@@ -381,7 +383,7 @@ class StreamedBatches:
                         drop_pages(self._X[runs[0]])
                         drop_pages(self._y[runs[0]])
 
-    def _on_gpu(self, chunks: Iterator[Chunk]) -> Iterator[tuple[Array, Array, Any]]:
+    def _on_gpu(self, chunks: Iterator[Chunk]) -> Generator[tuple[Array, Array, Any]]:
         """Yield chunks on a GPU; two more are on their way."""
         import cupy
 

@@ -44,6 +44,7 @@ class Trace:
             device.synchronize()
             with device.use():  # events of two devices cannot be compared
                 self._zero = self.event()
+                self._zero.synchronize()  # no other stream would wait for it
         self._start = time.perf_counter()
 
     @classmethod

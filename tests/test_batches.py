@@ -10,7 +10,7 @@ import pytest
 import gpuml
 from gpuml import MLP, GradientDescent, Linear
 from gpuml import batches as batches_module
-from gpuml.batches import StreamedBatches, batches
+from gpuml.batches import GivenBatches, StreamedBatches, batches
 
 
 def collected(data):
@@ -186,6 +186,7 @@ print(resident("VmHWM") - before)
 """
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="needs Linux's /proc")
 @pytest.mark.parametrize("batch_size", [1024, None])
 def test_pages_of_a_file_are_given_back(tmp_path, batch_size):
@@ -325,6 +326,33 @@ def test_chunks_that_nobody_asked_for_have_arrived_when_their_memory_is_given_ba
         epoch.close()
         assert len(places) == batches_module.CHUNKS
         assert all(place.stream.done for place in places)
+
+
+@pytest.mark.parametrize("kind", [StreamedBatches, GivenBatches])
+def test_an_epoch_that_is_given_up_ends_at_once(monkeypatch, kind):
+    """Python 3.12 closes a generator without what it iterates over, if nothing asks for that."""
+    closed = []
+    real = kind._on_host
+
+    def noted(self, *chunks):
+        try:
+            yield from real(self, *chunks)
+        finally:
+            closed.append(self)
+
+    monkeypatch.setattr(kind, "_on_host", noted)
+    X, y = rows_of_16_bytes(30)
+    cpu = gpuml.get_device("cpu")
+    if kind is StreamedBatches:
+        source = streamed(X, y, 10, cpu)
+    else:
+        pairs = [(X[:20], y[:20]), (X[20:], y[20:])]
+        source = GivenBatches(pairs, lambda x, y: (x, y, y.dtype), cpu, X.dtype)
+    epoch = source.epoch(None)
+    next(epoch)
+    assert closed == []
+    epoch.close()
+    assert closed == [source]
 
 
 # --- sources of batches ----------------------------------------------------------------------

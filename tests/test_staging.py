@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -63,7 +64,27 @@ def test_whatever_comes_late_the_product_is_right(gpu, monkeypatch, seed):
     exact = (a.astype(float) @ b.astype(float)).astype(c.dtype)
     np.testing.assert_array_equal(c, exact, str(report.plan))
     assert {blocking.IN, blocking.MULTIPLY, blocking.OUT} <= set(report.spans) <= KINDS
+    for kind, times in report.spans.items():
+        assert (times >= 0).all(), f"{kind}: before the clock began"
     assert workers() == before, "threads that copy have ended"
+
+
+def test_the_clock_begins_before_all_that_is_timed(gpu, monkeypatch):
+    """Though its event is in another stream, and that stream is late."""
+    event = staging.Trace.event
+
+    def late():
+        simulated.Stream.current().queue(lambda: time.sleep(0.05))
+        return event()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging.Trace, "event", staticmethod(late))
+        trace = staging.Trace(gpu)
+    stream = simulated.Stream(non_blocking=True)
+    trace.on_device(blocking.IN, stream.record(), stream.record())
+    gpu.synchronize()
+    [[begin, end]] = trace.spans()[blocking.IN]
+    assert 0 <= begin <= end
 
 
 @pytest.mark.parametrize("way", ["_fill", "_empty"])
