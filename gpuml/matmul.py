@@ -19,8 +19,10 @@ Precision: TypeAlias = Literal["float32", "tf32", "bfloat16"]
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
 # Up to this size matrices go to our own kernel, many at a time: the memory's bandwidth is the
-# limit there, and cuBLAS reaches 10 to 70 % of it (tests/benchmarks/batched.py).
+# limit there, and cuBLAS reaches 10 to 70 % of it (tests/benchmarks/batched.py). Where all share
+# the right matrix, as one tall product, it reaches 22 to 67 %, our kernel 55 to 100 %.
 SMALL = 32
+FEWEST_ROWS = 4  # of each product with a shared right matrix; fewer were not measured
 WORKSPACE_BYTES = 32 * 2**20  # for cuBLAS inside a graph: what its manual advises for Hopper
 FEWEST_SMALL = 256  # products; for fewer, compiling a kernel for their shape does not pay
 SMALL_THREADS = 128
@@ -67,7 +69,7 @@ def matmul(
             return a.dot(b, out)  # BLAS as well, a microsecond sooner
         return np.matmul(a, b, out=out)
     if xp.cuda.runtime.is_hip or a.dtype.kind not in "fcV" or a.dtype != b.dtype:
-        return xp.matmul(a, b, out=out)
+        return _by_cupy(a, b, out)
     if out is not None and out.dtype != a.dtype and (a.itemsize > 2 or out.dtype != np.float32):
         out[...] = matmul(a, b, precision=precision)
         return out
@@ -169,8 +171,8 @@ def batched_matmul(
     Notes
     -----
     On an NVIDIA GPU float32 and float64 matrices of up to 32 rows and columns go to a kernel of
-    our own from 256 products on. Its first launch for a shape compiles it (some 0.3 s, kept by
-    CuPy on disk).
+    our own from 256 products on (if they share one `b`, those of at least 4 rows). Its first
+    launch for a shape compiles it (some 0.3 s, kept by CuPy on disk).
 
     Examples
     --------
@@ -207,7 +209,7 @@ def _batched_matmul(
     elif xp is np:
         _multiply_on_host(a, b, out)
     elif xp.cuda.runtime.is_hip or dtype.kind in "biu":
-        xp.matmul(*(_forwards(x.astype(dtype, copy=False)) for x in (a, b)), out=out)
+        _by_cupy(a.astype(dtype, copy=False), b.astype(dtype, copy=False), out)
     else:
         _multiply_on_gpu(a.astype(dtype, copy=False), b.astype(dtype, copy=False), out, compute)
     return out
@@ -432,7 +434,7 @@ def overlap_text(name: str) -> str:
 
 def _as_one(a: Array, b: Array, out: Array) -> tuple[Array, Array, Array]:
     """Make one tall product of many that share b, where nothing need be copied for it."""
-    if out.ndim > 2 and all(n == 1 for n in b.shape[:-2]):
+    if out.ndim > 2 and _is_shared(b):
         flat, flat_out = _as_matrix(a), _as_matrix(out)
         if flat is not None and flat_out is not None and len(flat) <= MOST_ROWS:
             return flat, b.reshape(b.shape[-2:]), flat_out
@@ -457,27 +459,48 @@ def _readable(x: Array) -> Array:
 
 
 def _multiply_on_gpu(a: Array, b: Array, out: Array, precision: Precision | None) -> None:
-    """Choose between one large product, our kernel for small ones, and cuBLAS for batches."""
-    a, b, out = _as_one(a, b, out)
+    """Choose between our kernel for many small products, one tall product, and cuBLAS for stacks.
+
+    Many that share `b` could be one tall product, but small ones our kernel does faster as well.
+    """
     if out.ndim == 2:
         _cublas(a, b, out, precision)
         return
-    xp, stack = array_module(a), out.shape[:-2]
     # What cuBLAS cannot read is copied first, so that a shared matrix is copied once.
-    alone = [x if _layout(x) else _contiguous(x) for x in (a, b)]
-    a, b = (xp.broadcast_to(x, (*stack, *x.shape[-2:])) for x in alone)
-    small = max(*a.shape[-2:], b.shape[-1]) <= SMALL and out.size >= FEWEST_SMALL * _area(out)
-    if small and _multiply_small(a, b, out):
+    a, b = (x if _layout(x) else _contiguous(x) for x in (a, b))
+    xp, stack = array_module(a), out.shape[:-2]
+
+    def spread(x: Array) -> Array:
+        return xp.broadcast_to(x, (*stack, *x.shape[-2:]))
+
+    if _are_small(a, b, out) and _multiply_small(spread(a), spread(b), out):
         return
-    if None not in (_step(a), _step(b)):
-        _cublas(a, b, out, precision)
+    flat, matrix, flat_out = _as_one(a, b, out)
+    if flat_out.ndim == 2:
+        _cublas(flat, matrix, flat_out, precision)
+        return
+    stacks = spread(a), spread(b)
+    if None not in map(_step, stacks):
+        _cublas(*stacks, out, precision)
     elif precision is None and out.dtype.name != "bfloat16" and out.flags.c_contiguous:
         # By an array of pointers; of two-byte numbers only copies, since cuBLAS wants those
         # matrices to begin at multiples of 16 bytes.
-        xp.matmul(*(alone if a.itemsize > 2 else (a, b)), out=out)
+        _by_cupy(*((a, b) if a.itemsize > 2 else stacks), out)
     else:  # CuPy 14.2 has neither arrays of pointers nor copies of uneven stacks for bfloat16
-        for i in range(stack[0]):
-            _multiply_on_gpu(a[i], b[i], out[i], precision)
+        for each in zip(*stacks, out, strict=True):
+            _multiply_on_gpu(*each, precision)
+
+
+def _are_small(a: Array, b: Array, out: Array) -> bool:
+    """Return whether products are many and small, so that our kernel is faster than cuBLAS."""
+    if _is_shared(b) and a.shape[-2] < FEWEST_ROWS:
+        return False
+    largest = max(*a.shape[-2:], b.shape[-1])
+    return bool(largest <= SMALL and out.size >= FEWEST_SMALL * _area(out))
+
+
+def _is_shared(b: Array) -> bool:
+    return all(n == 1 for n in b.shape[:-2])
 
 
 def _contiguous(x: Array) -> Array:
@@ -488,9 +511,19 @@ def _contiguous(x: Array) -> Array:
     return xp.ndarray(bits.shape, x.dtype, memptr=bits.data)
 
 
+def _by_cupy(a: Array, b: Array, out: Array | None) -> Array:
+    """Multiply by CuPy, which copies stacks that run backwards, but falls over stacks of one."""
+    place = None if out is None else _forwards(out)
+    product = array_module(a).matmul(_forwards(a), _forwards(b), out=place)
+    return product if out is None else out
+
+
 def _forwards(x: Array) -> Array:
-    """Return an array of a GPU as it is, or a copy if a stack runs backwards: CuPy cannot."""
-    return x if min(x.strides) >= 0 else x.copy()
+    """Return a view of an array in which no axis of length 1 runs backwards: it says nothing."""
+    if min(x.strides) >= 0:
+        return x
+    axes = zip(x.shape, x.strides, strict=True)
+    return x[tuple(slice(None, None, -1 if n == 1 and step < 0 else 1) for n, step in axes)]
 
 
 def _area(x: Array) -> int:

@@ -84,6 +84,15 @@ def gemm(
         z[...] = alpha * (x.astype(float) @ y.astype(float)) + before
 
 
+def matmul_of_cupy(a, b, out=None):
+    """cupy.matmul, and what it cannot do."""
+    for x in (a, b) if out is None else (a, b, out):
+        if any(n == 1 and step < 0 for n, step in zip(x.shape, x.strides, strict=True)):
+            raise OverflowError("Python integer out of bounds for uint64")
+    product = np.matmul(a.host, b.host, out=None if out is None else out.host)
+    return Array(product) if out is None else out
+
+
 @pytest.fixture
 def simulated(monkeypatch):
     """CuPy and cuBLAS, as far as a product needs them."""
@@ -103,7 +112,7 @@ def simulated(monkeypatch):
     cupy.empty = lambda shape, dtype: Array(np.full(shape, np.nan, dtype))
     cupy.ascontiguousarray = lambda a: Array(np.ascontiguousarray(a.host))
     cupy.broadcast_to = lambda a, shape: Array(np.broadcast_to(a.host, shape))
-    cupy.matmul = lambda a, b, out=None: Array(np.matmul(a.host, b.host))
+    cupy.matmul = matmul_of_cupy
     names = ("cupy_backends", "cupy_backends.cuda")
     for name, module in {"cupy": cupy, "cupy.cuda": cuda, libs.__name__: libs}.items():
         monkeypatch.setitem(sys.modules, name, module)
@@ -191,3 +200,55 @@ def test_inside_a_capture_the_other_library_is_called(simulated, rng, monkeypatc
     x = Array(rng.normal(size=(4, 4)).astype(np.float32))
     np.testing.assert_allclose(products.matmul(x, x).host, x.host @ x.host, rtol=1e-5)
     assert told == [7]
+
+
+@pytest.mark.parametrize("backwards", ["a", "b", "out"])
+@pytest.mark.parametrize("dtype", [np.int16, np.float32])
+def test_stacks_of_one_that_run_backwards(simulated, rng, dtype, backwards):
+    shapes = {"a": (1, 3, 1, 4, 5), "b": (1, 1, 2, 5, 3), "out": (1, 3, 2, 4, 3)}
+    arrays = {name: Array(rng.integers(9, size=s).astype(dtype)) for name, s in shapes.items()}
+    arrays[backwards] = x = arrays[backwards][::-1]
+    assert x.strides[0] < 0
+    assert np.shares_memory(products._forwards(x).host, x.host), "nothing is copied"
+    assert products.matmul(**arrays) is arrays["out"]
+    np.testing.assert_array_equal(arrays["out"].host, arrays["a"].host @ arrays["b"].host)
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "asked"),
+    [
+        ((256, 4, 4), (4, 4), True),
+        ((256, 32, 32), (1, 32, 32), True),
+        ((2, 128, 5, 7), (7, 9), True),
+        ((255, 8, 8), (8, 8), False),
+        ((256, 3, 8), (8, 8), False),
+        ((256, 8, 33), (33, 8), False),
+        ((256, 8, 8), (8, 33), False),
+        ((256, 33, 8), (8, 8), False),
+        ((256, 3, 8), (256, 8, 8), True),
+        ((255, 8, 8), (255, 8, 8), False),
+    ],
+)
+@pytest.mark.parametrize("can", [True, False])
+def test_many_small_products_go_to_our_own_kernel_first(
+    simulated, rng, monkeypatch, a, b, asked, can
+):
+    """Those that share a matrix, too; else they are one tall product."""
+    given, counts = [], []
+
+    def small(x, y, out):
+        given.append((x.shape, y.shape))
+        if can:
+            out.host[...] = x.host @ y.host
+        return can
+
+    cublas = sys.modules["cupy_backends.cuda.libs"].cublas
+    monkeypatch.setattr(products, "_multiply_small", small)
+    monkeypatch.setattr(
+        cublas, "gemmStridedBatchedEx", lambda *all: counts.append(all[-3]) or gemm(*all)
+    )
+    x, y = (Array(rng.normal(size=shape).astype(np.float32)) for shape in (a, b))
+    result = products.matmul(x, y)
+    np.testing.assert_allclose(result.host, x.host @ y.host, rtol=1e-5, atol=1e-5)
+    assert given == [(a, (*a[:-2], *b[-2:]))] * asked
+    assert counts == ([] if asked and can else [a[0] if len(b) == len(a) and b[0] > 1 else 1])

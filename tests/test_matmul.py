@@ -372,7 +372,7 @@ def test_many_small_products_of_each_size(device, rng, k, name):
     assert_right(into_borders(device, a, b.swapaxes(-1, -2)), a, b.swapaxes(-1, -2))
 
 
-@pytest.mark.parametrize("k", [3, 8, 16])
+@pytest.mark.parametrize("k", [1, 3, 8, 16, 31])
 @pytest.mark.parametrize("shared", ["a", "b", "both", "broadcast a", "broadcast b"])
 def test_many_small_products_with_a_shared_operand(device, rng, k, shared):
     xp, dtype = device.xp, np.dtype("float32")
@@ -391,29 +391,57 @@ def test_many_small_products_with_a_shared_operand(device, rng, k, shared):
 
 
 @pytest.mark.parametrize(
-    ("shape", "name", "a_view", "ours"),
+    ("shape", "name", "a_view", "b_view", "ours"),
     [
-        ((MANY, 8, 8), "float32", "contiguous", True),
-        ((MANY, 8, 8), "float64", "transposed", True),
-        ((MANY // 2, 2, 8, 8), "float32", "shifted", True),
-        ((MANY, 32, 32), "float32", "one matrix", True),
-        ((MANY - 1, 8, 8), "float32", "contiguous", False),
-        ((MANY, 33, 33), "float32", "contiguous", False),
-        ((MANY, 8, 8), "float32", "columns", False),
-        ((MANY, 8, 8), "float16", "contiguous", False),
-        ((MANY, 8, 8), "complex64", "contiguous", False),
+        ((MANY, 8, 8), "float32", "contiguous", "contiguous", True),
+        ((MANY, 8, 8), "float64", "transposed", "contiguous", True),
+        ((MANY // 2, 2, 8, 8), "float32", "shifted", "contiguous", True),
+        ((MANY, 32, 32), "float32", "one matrix", "contiguous", True),
+        ((MANY, 3, 8), "float32", "contiguous", "contiguous", True),
+        ((MANY - 1, 8, 8), "float32", "contiguous", "contiguous", False),
+        ((MANY, 33, 33), "float32", "contiguous", "contiguous", False),
+        ((MANY, 8, 8), "float32", "columns", "contiguous", False),
+        ((MANY, 8, 8), "float16", "contiguous", "contiguous", False),
+        ((MANY, 8, 8), "complex64", "contiguous", "contiguous", False),
+        ((MANY, 4, 4), "float32", "contiguous", "shared", True),
+        ((MANY, 32, 32), "float32", "contiguous", "shared", True),
+        ((MANY, 17, 5), "float64", "transposed", "shared", True),
+        ((MANY // 2, 2, 8, 8), "float32", "contiguous", "shared", True),
+        ((MANY, 3, 8), "float32", "contiguous", "shared", False),
+        ((MANY - 1, 8, 8), "float32", "contiguous", "shared", False),
+        ((MANY, 8, 33), "float32", "contiguous", "shared", False),
+        ((MANY, 8, 8), "float16", "contiguous", "shared", False),
+        ((MANY, 8, 8), "float32", "columns", "shared", False),
     ],
 )
-def test_which_products_go_to_our_own_kernel(device, rng, monkeypatch, shape, name, a_view, ours):
+def test_which_products_go_to_our_own_kernel(
+    device, rng, monkeypatch, shape, name, a_view, b_view, ours
+):
     if not is_nvidia(device):
         pytest.skip("the kernel runs on an NVIDIA GPU only")
     taken = []
     inner = matmul._multiply_small
     monkeypatch.setattr(matmul, "_multiply_small", lambda *x: taken.append(inner(*x)) or taken[-1])
-    a = laid_out(device, rng, a_view, shape, np.dtype(name))
-    b = laid_out(device, rng, "contiguous", shape, np.dtype(name))
+    k, dtype = shape[-1], np.dtype(name)
+    a = laid_out(device, rng, a_view, shape, dtype)
+    b = device.asarray(numbers(rng, (k, k) if b_view == "shared" else (*shape[:-2], k, k), dtype))
     assert_right(batched_matmul(a, b), a, b)
     assert (taken == [True]) == ours
+
+
+@pytest.mark.parametrize("name", ["float32", "complex64", "int16", "int64", "bool"])
+@pytest.mark.parametrize("backwards", ["a", "b", "out"])
+def test_stacks_of_one_that_run_backwards(device, rng, name, backwards):
+    """Which says nothing, and yet CuPy stumbles over it."""
+    dtype = np.dtype(name)
+    shapes = {"a": (1, 3, 1, 4, 5), "b": (1, 1, 2, 5, 3), "out": (1, 3, 2, 4, 3)}
+    arrays = {key: device.asarray(numbers(rng, shape, dtype)) for key, shape in shapes.items()}
+    arrays[backwards] = arrays[backwards][::-1]
+    assert arrays[backwards].strides[0] < 0
+    for product in (batched_matmul, matmul.matmul):
+        arrays["out"][...] = 0
+        assert product(**arrays) is arrays["out"]
+        assert_right(arrays["out"], arrays["a"], arrays["b"])
 
 
 # --- nothing is copied that need not be --------------------------------------------------------
@@ -871,7 +899,7 @@ def test_large_products_of_transposed_matrices_in_tf32(device, rng, monkeypatch)
     assert made == ([(76, 3112), (76, 3084)] if is_nvidia(device) else [])
     matmul.matmul(x[:, :2048].T, d, precision="tf32")  # too small to pay
     matmul.matmul(x.T, d, out, precision="float32")
-    assert len(made) in (0, 2)
+    assert len(made) == 2 * is_nvidia(device)
 
 
 def test_precision_is_for_float32(device):

@@ -55,7 +55,7 @@ class Case:
 SIZES = [4, 8, 12, 16, 17, 24, 32, 48, 64, 96, 128, 256]
 CASES = [Case(k) for k in SIZES]
 CASES += [Case(k, transposed=True) for k in (8, 16, 64)]
-CASES += [Case(k, shared=True) for k in (8, 16, 64)]
+CASES += [Case(k, shared=True) for k in (4, 8, 12, 16, 17, 24, 32, 64)]
 CASES += [Case(8, "float64"), Case(16, "float64"), Case(128, precision="tf32")]
 
 Product = Callable[[Any, Any, Any], Any]  # a, b -> out
