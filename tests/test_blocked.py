@@ -328,6 +328,7 @@ def test_one_element_and_one_row_and_one_column(device, rng):
         assert_right(blocked_matmul(a, b, memory_limit=limit, device=device), a, b)
 
 
+@pytest.mark.alone
 def test_without_a_limit_a_small_product_is_one_tile(device, rng):
     a, b = rng.normal(size=(60, 70)), rng.normal(size=(70, 50))
     c, report = blocked_matmul(a, b, device=device, return_report=True)
@@ -539,6 +540,7 @@ print(kib("VmHWM"), kib("RssFile") + kib("RssShmem"), report.plan.n_steps)
 """
 
 
+@pytest.mark.alone
 @LINUX
 @pytest.mark.parametrize(
     ("sizes", "dtype", "order"),
@@ -1316,10 +1318,15 @@ def test_times_are_taken_on_the_device_that_multiplies(monkeypatch):
             yield
             current.pop()
 
-    recorded = []
-    monkeypatch.setattr(blocked.Trace, "event", lambda *_: recorded.append(list(current)))
+    recorded, waited = [], []
+
+    def event():
+        recorded.append(list(current))
+        return SimpleNamespace(synchronize=lambda: waited.append(list(current)))
+
+    monkeypatch.setattr(blocked.Trace, "event", staticmethod(event))
     blocked.Trace(SecondGPU("gpu", 1))
-    assert recorded == [[1]]
+    assert recorded == waited == [[1]]
 
 
 @pytest.mark.parametrize(("processors", "threads"), [(1, 1), (2, 1), (16, 12), (22, 16), (128, 16)])
@@ -1912,6 +1919,7 @@ def test_strips_of_small_tiles_at_the_edges_do_not_overwrite_others(gpu, rng, mo
             np.testing.assert_array_equal(c, a @ b, str(report.plan))
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("dtype", ["float32", "float16", "int32", "bool"])
 def test_the_device_memory_stays_within_the_limit(gpu, rng, monkeypatch, dtype):
     """Measured at the buffers, and by what the driver says is free."""

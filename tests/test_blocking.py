@@ -306,6 +306,7 @@ def test_large_products_wait_for_arithmetic_not_for_the_bus(size):
         assert times["total"] < 1.06 * plan.n_operations / H200.arithmetic
 
 
+@pytest.mark.alone
 def test_a_plan_is_found_at_once_whatever_the_size():
     begin = time.perf_counter()
     plan = plan_blocks(2**21 + 1, 2**21 + 3, 2**21 + 5, 8, 2**37)

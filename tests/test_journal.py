@@ -399,6 +399,7 @@ def test_no_thread_is_left():
     assert threading.active_count() == before
 
 
+@pytest.mark.alone
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux")
 @pytest.mark.parametrize("order", ["C", "F"])
 def test_of_a_mapped_file_few_pages_are_in_memory(tmp_path, order):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import os
 import random
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import time
 import traceback
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -19,10 +21,12 @@ from safetensors import safe_open
 
 import gpuml
 from gpuml import MLP, Adam, CheckpointError, GradientDescent, Linear, batches, schedules, training
+from gpuml.fused import FusedStep
 from gpuml.losses import softmax_cross_entropy
+from gpuml.steps import EagerStep, GraphStep
 
 N_EPOCHS = 60
-N_KILLS = 5  # of each case, so 50 in all
+N_KILLS = {"cpu": 5, "gpu": 3}  # of each case by each engine: so 50 on a CPU
 
 
 def data(folder):
@@ -60,6 +64,37 @@ CASES = {
     "mapped full batch": {"optimizer": Adam(0.05), "mapped": True, "batch_size": None},
 }
 
+ENGINES = {"cpu": ["eager"], "gpu": ["eager", "graph", "fused"]}  # that train perceptrons
+PLACES = [(kind, engine) for kind, engines in ENGINES.items() for engine in engines]
+
+
+def runs(cases=CASES):
+    """Return each case on each device, by each engine that can hold it."""
+    return [
+        (kind, engine, case)
+        for case in cases
+        for kind, engines in ENGINES.items()
+        for engine in ([CASES[case]["engine"]] if "engine" in CASES[case] else engines)
+    ]
+
+
+def each(names, values):
+    """Run a test with each of some values; the names begin with device and engine."""
+    found = [pytest.param(*value, id="-".join(map(str, value))) for value in values]
+    return pytest.mark.parametrize(names, found, indirect=["device", "engine"])
+
+
+@pytest.fixture
+def engine(request, device):
+    """The name of an engine, if it can run here."""
+    if not is_there(request.param):
+        pytest.skip("nvmath-python is not installed")
+    return request.param
+
+
+def is_there(engine):
+    return engine != "graph" or find_spec("nvmath") is not None
+
 
 def train(case, folder, device="cpu", **change):
     """Train from the beginning, or go on; return the model and its history."""
@@ -73,12 +108,11 @@ def train(case, folder, device="cpu", **change):
     if options.pop("regression", False):
         y = X[:, :2] + y[:, None]
         model = Linear(4, 2, device=device)
-    if gpuml.get_device(device).kind == "gpu":
-        # Else a short run is eager, and one that keeps a checkpoint fused: other roundings.
-        options["engine"] = "eager"
     options |= change
     X, y, model = options.pop("X", X), options.pop("y", y), options.pop("model", model)
-    return model, gpuml.train(model, X, y, **options)
+    history = gpuml.train(model, X, y, **options)
+    assert history.engine == (options.get("engine") or history.engine), "no other one in silence"
+    return model, history
 
 
 def outcome(model, history):
@@ -139,7 +173,7 @@ def kill_later(child, path, n_writes, pause):
     return os.waitpid(child, 0)[1]
 
 
-def kill_and_resume(case, folder):
+def kill_and_resume(kind, engine, case, folder):
     """Run without interruption, then killed at random moments; write how often, and the outcomes.
 
     The moments are counted in writes of the checkpoint and in the time that an epoch takes, and a
@@ -147,18 +181,20 @@ def kill_and_resume(case, folder):
     so their number does not depend on how fast the machine is.
     """
     data(folder)
-    alone = {"checkpoint": folder / "alone.safetensors"}  # so that it takes as long
+    there = {"device": kind, "engine": engine}
+    alone = {"checkpoint": folder / "alone.safetensors"} | there  # so that it takes as long
     path = folder / "run.safetensors"
-    rng = random.Random(case)
+    rng = random.Random(f"{engine} {case}")
     begin = time.perf_counter()
     assert os.waitpid(in_a_child(run_to_the_end, case, folder, "written", **alone), 0)[1] == 0
     epoch = (time.perf_counter() - begin) / N_EPOCHS
-    assert os.waitpid(in_a_child(run_to_the_end, case, folder, "alone"), 0)[1] == 0
+    assert os.waitpid(in_a_child(run_to_the_end, case, folder, "alone", **there), 0)[1] == 0
+    first = int(kind == "gpu")  # before the first write there is hardly more than CUDA that begins
     kills, outcomes = 0, []
-    while kills < N_KILLS or path.exists():
-        child = in_a_child(run_to_the_end, case, folder, "kept", checkpoint=path)
-        if kills < N_KILLS:
-            status = kill_later(child, path, rng.randrange(8), rng.uniform(0, 2 * epoch))
+    while kills < N_KILLS[kind] or path.exists():
+        child = in_a_child(run_to_the_end, case, folder, "kept", checkpoint=path, **there)
+        if kills < N_KILLS[kind]:
+            status = kill_later(child, path, rng.randrange(first, 8), rng.uniform(0, 2 * epoch))
         else:
             status = os.waitpid(child, 0)[1]
         assert status in (0, signal.SIGKILL)
@@ -171,46 +207,64 @@ def kill_and_resume(case, folder):
     (folder / "kills.json").write_text(json.dumps([kills, left, outcomes]))
 
 
-def kill_and_resume_all(folder):
+def runs_on(kind):
+    return [run for run in runs() if run[0] == kind and is_there(run[1])]
+
+
+def kill_and_resume_all(kind, folder):
     """All cases side by side: most of their time they wait for the disk."""
     small_chunks(pytest.MonkeyPatch())
     children = []
-    for i, case in enumerate(CASES):
+    for i, run in enumerate(runs_on(kind)):
         (folder / str(i)).mkdir()
-        children.append(in_a_child(kill_and_resume, case, folder / str(i)))
+        children.append(in_a_child(kill_and_resume, *run, folder / str(i)))
     for child in children:
         os.waitpid(child, 0)
 
 
-@pytest.fixture(scope="module")
-def killed(tmp_path_factory):
-    """The folder in which each case has a folder, by its number, with what it came to."""
+def killed_on(kind, folder):
+    """Return what each run on a kind of device came to, in a folder of its own, by its number."""
     if not hasattr(os, "fork"):
         pytest.skip("needs fork and kill -9")
-    folder = tmp_path_factory.mktemp("killed")
     script = (
         f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "from pathlib import Path; import test_resume\n"
-        f"test_resume.kill_and_resume_all(Path({str(folder)!r}))"
+        f"test_resume.kill_and_resume_all({kind!r}, Path({str(folder)!r}))"
     )
-    # one thread, so that the process may be forked
-    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "GPUML_DEVICE": "cpu"}
-    subprocess.run([sys.executable, "-c", script], env=environment, timeout=300, check=True)
-    return folder
+    # one thread, so that the process may be forked, and no word with a GPU before that
+    environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "GPUML_DEVICE": kind}
+    subprocess.run([sys.executable, "-c", script], env=environment, timeout=500, check=True)
+    return {run: folder / str(i) for i, run in enumerate(runs_on(kind))}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_killed_at_random_moments_it_ends_with_the_same_bits(killed, case):
-    folder = killed / str(list(CASES).index(case))
+def assert_killed_ends_with_the_same_bits(run, folder):
     written, alone = (json.loads((folder / f"{n}.json").read_text()) for n in ("written", "alone"))
     kills, left, outcomes = json.loads((folder / "kills.json").read_text())
-    assert written == alone
-    assert alone["grows"]
-    assert outcomes
+    assert written == alone, run
+    assert alone["grows"], run
+    assert outcomes, run
     for kept in outcomes:
-        assert kept == alone
-    assert kills == N_KILLS
-    assert not left, "what a killed run left beside the file is cleared away"
+        assert kept == alone, run
+    assert kills == N_KILLS[run[0]], run
+    assert not left, f"{run}: what a killed run left beside the file is cleared away"
+
+
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory):
+    return killed_on("cpu", tmp_path_factory.mktemp("killed"))
+
+
+@pytest.mark.parametrize("run", runs_on("cpu"), ids="-".join)
+def test_killed_at_random_moments_it_ends_with_the_same_bits(killed, run):
+    assert_killed_ends_with_the_same_bits(run, killed[run])
+
+
+def test_killed_on_a_gpu_all_engines_end_with_the_same_bits(device, tmp_path):
+    """One test, so that several processes that share the tests do not all start these."""
+    if device.kind == "cpu":
+        pytest.skip("needs a GPU")
+    for run, folder in killed_on("gpu", tmp_path).items():
+        assert_killed_ends_with_the_same_bits(run, folder)
 
 
 # --- interrupted inside ----------------------------------------------------------------------
@@ -220,10 +274,36 @@ class Stopped(BaseException):
     """As a kill, but one that a test survives."""
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_stopped_after_any_write_it_ends_with_the_same_bits(device, case, tmp_path, monkeypatch):
+# Where an engine can be stopped between two writes: in the middle of a step, after a step, after a
+# launch of some epochs.
+SEAMS = {
+    "eager": (EagerStep, "_gradient"),
+    "graph": (GraphStep, "__call__"),
+    "fused": (FusedStep, "launch"),
+}
+
+
+def stop_after(patch, engine, n, error):
+    """Raise an error when that place is reached for the n-th time."""
+    kind, name = SEAMS[engine]
+    work, calls = getattr(kind, name), itertools.count(1)
+
+    def stopping(*arguments):
+        result = work(*arguments)
+        if next(calls) == n:
+            raise error
+        return result
+
+    patch.setattr(kind, name, stopping)
+
+
+@each(("device", "engine", "case"), runs())
+def test_stopped_after_any_write_it_ends_with_the_same_bits(
+    device, engine, case, tmp_path, monkeypatch
+):
     small_chunks(monkeypatch)
-    expected = outcome(*train(case, tmp_path, device, n_epochs=12))
+    options = {"n_epochs": 12, "engine": engine}
+    expected = outcome(*train(case, tmp_path, device, **options))
     save, left = training.save_checkpoint, 0
 
     def stopping(*arguments, **named):
@@ -239,7 +319,7 @@ def test_stopped_after_any_write_it_ends_with_the_same_bits(device, case, tmp_pa
     while True:
         left = 1 + n_stopped % 3
         try:
-            run = train(case, tmp_path, device, n_epochs=12, checkpoint=path)
+            run = train(case, tmp_path, device, checkpoint=path, **options)
             break
         except Stopped:
             n_stopped += 1
@@ -247,60 +327,33 @@ def test_stopped_after_any_write_it_ends_with_the_same_bits(device, case, tmp_pa
     assert outcome(*run) == expected
 
 
+@each(("device", "engine"), PLACES)
 @pytest.mark.parametrize("every", [1, 3])
-def test_stopped_in_the_middle_of_an_epoch(device, tmp_path, every):
-    X, y, _ = data(None)
-
-    def run(stop, **options):
-        steps = 0
-
-        def loss(predictions, labels):
-            nonlocal steps
-            steps += 1
-            if steps == stop:
-                raise Stopped
-            return softmax_cross_entropy(predictions, labels)
-
-        model = mlp(device)
-        optimizer = GradientDescent(0.05, momentum=0.9)
-        # Whole epochs in one launch have no middle.
-        options |= {"n_epochs": 8, "batch_size": 16, "engine": "eager"}
-        return model, gpuml.train(model, X, y, loss=loss, optimizer=optimizer, **options)
-
-    expected = outcome(*run(0))
-    kept = {"checkpoint": tmp_path / "run.safetensors", "checkpoint_every": every}
-    for stop in (3, 27, 20):  # of 6 steps in each epoch
-        with pytest.raises(Stopped):
-            run(stop, **kept)
-    assert outcome(*run(0, **kept)) == expected
+def test_stopped_in_the_middle_of_an_epoch(device, engine, tmp_path, monkeypatch, every):
+    options = {"n_epochs": 8, "engine": engine}
+    expected = outcome(*train("momentum", tmp_path, device, **options))
+    options |= {"checkpoint": tmp_path / "run.safetensors", "checkpoint_every": every}
+    # of 6 steps in each epoch, or of launches of 1, 2 and 2 epochs at most
+    for n in (3, 2, 3) if engine == "fused" else (3, 27, 20):
+        with monkeypatch.context() as patch:
+            stop_after(patch, engine, n, Stopped)
+            with pytest.raises(Stopped):
+                train("momentum", tmp_path, device, **options)
+    assert outcome(*train("momentum", tmp_path, device, **options)) == expected
 
 
-def test_ctrl_c_and_the_same_call_again(device, tmp_path):
+@each(("device", "engine"), PLACES)
+def test_ctrl_c_and_the_same_call_again(device, engine, tmp_path, monkeypatch):
     """In a notebook the model then holds weights of the middle already."""
-    X, y, _ = data(None)
-    expected = outcome(*train("Adam", tmp_path, device, n_epochs=6))
-    calls = 0
-
-    class Interrupting(Adam):
-        def update(self, *arguments):
-            nonlocal calls
-            calls += 1
-            if calls == 20:
-                raise KeyboardInterrupt
-            super().update(*arguments)
-
-    model = mlp(device)
-    options = {
-        "optimizer": Interrupting(0.01),
-        "n_epochs": 6,
-        "batch_size": 16,
-        "engine": "eager",
-        "checkpoint": tmp_path / "run.safetensors",
-    }
-    with pytest.raises(gpuml.TrainingInterrupted) as caught:
-        gpuml.train(model, X, y, **options)
+    options = {"n_epochs": 6, "engine": engine}
+    expected = outcome(*train("Adam", tmp_path, device, **options))
+    options |= {"checkpoint": tmp_path / "run.safetensors", "model": mlp(device)}
+    with monkeypatch.context() as patch:
+        stop_after(patch, engine, 4 if engine == "fused" else 20, KeyboardInterrupt)
+        with pytest.raises(gpuml.TrainingInterrupted) as caught:
+            train("Adam", tmp_path, device, **options)
     assert len(caught.value.history) == 3
-    assert outcome(model, gpuml.train(model, X, y, **options)) == expected
+    assert outcome(*train("Adam", tmp_path, device, **options)) == expected
 
 
 # --- what is refused -------------------------------------------------------------------------
@@ -408,15 +461,16 @@ def test_a_model_file_is_no_checkpoint(tmp_path):
 # --- finished, longer, and by the clock ------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ["Adam", "patience", "schedule", "gram"])
-def test_a_finished_run_returns_at_once(device, case, tmp_path, monkeypatch):
-    options = {"n_epochs": 40, "checkpoint": tmp_path / "run.safetensors"}
+@each(("device", "engine", "case"), runs(["Adam", "patience", "schedule", "gram"]))
+def test_a_finished_run_returns_at_once(device, engine, case, tmp_path, monkeypatch):
+    options = {"n_epochs": 40, "engine": engine, "checkpoint": tmp_path / "run.safetensors"}
     first = train(case, tmp_path, device, **options)
 
     def never(*_):
         raise AssertionError("no step is taken")
 
     monkeypatch.setattr(training._Run, "_one_epoch", never)
+    monkeypatch.setattr(training._FusedRun, "_launch", never)
     again = train(case, tmp_path, device, **options)
     assert outcome(*again) == outcome(*first)
     assert again[1]["seconds"] == first[1]["seconds"]
@@ -424,12 +478,18 @@ def test_a_finished_run_returns_at_once(device, case, tmp_path, monkeypatch):
         assert len(first[1]) < 40, "it stopped early"
 
 
-def test_more_epochs_go_on(device, tmp_path):
-    path = tmp_path / "run.safetensors"
+@each(("device", "engine"), [*PLACES, ("gpu", None)])
+def test_more_epochs_go_on(device, engine, tmp_path):
+    """Also by the engine that is chosen, whatever the number of epochs."""
+    options = {"engine": engine, "checkpoint": tmp_path / "run.safetensors"}
     for n_epochs in (3, 4, 9):
-        run = train("momentum", tmp_path, device, n_epochs=n_epochs, checkpoint=path)
+        run = train("momentum", tmp_path, device, n_epochs=n_epochs, **options)
         assert len(run[1]) == n_epochs
-        assert outcome(*run) == outcome(*train("momentum", tmp_path, device, n_epochs=n_epochs))
+        # With no checkpoint so short a run chooses the eager engine.
+        own = {"engine": engine} if engine else {"checkpoint": tmp_path / f"{n_epochs}.safetensors"}
+        alone = train("momentum", tmp_path, device, n_epochs=n_epochs, **own)
+        assert run[1].engine == alone[1].engine
+        assert outcome(*run) == outcome(*alone)
 
 
 def writes(monkeypatch):
@@ -490,9 +550,11 @@ def test_a_senseless_interval_is_explained(tmp_path, every):
 # --- trouble with the disk -------------------------------------------------------------------
 
 
-def test_a_full_disk_leaves_the_older_file(device, tmp_path, monkeypatch):
+@each(("device", "engine"), PLACES)
+def test_a_full_disk_leaves_the_older_file(device, engine, tmp_path, monkeypatch):
     path = tmp_path / "run.safetensors"
-    train("Adam", tmp_path, device, n_epochs=3, checkpoint=path)
+    options = {"engine": engine, "checkpoint": path}
+    train("Adam", tmp_path, device, n_epochs=3, **options)
     before = path.read_bytes()
 
     def full(*_):
@@ -502,17 +564,18 @@ def test_a_full_disk_leaves_the_older_file(device, tmp_path, monkeypatch):
         patch.setattr(Path, "write_bytes", full)
         model = mlp(device)
         with pytest.raises(OSError, match="No space left on device") as caught:
-            train("Adam", tmp_path, device, n_epochs=6, checkpoint=path, model=model)
+            train("Adam", tmp_path, device, n_epochs=6, model=model, **options)
     assert caught.value.errno == errno.ENOSPC
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".run")] == []
-    fourth, _ = train("Adam", tmp_path, device, n_epochs=4)
+    fourth, _ = train("Adam", tmp_path, device, n_epochs=4, engine=engine)
     np.testing.assert_array_equal(
         gpuml.to_host(model.parameters.flat), gpuml.to_host(fourth.parameters.flat)
     )
     # with space again it goes on from the older file
-    run = train("Adam", tmp_path, device, n_epochs=6, checkpoint=path)
-    assert outcome(*run) == outcome(*train("Adam", tmp_path, device, n_epochs=6))
+    run = train("Adam", tmp_path, device, n_epochs=6, **options)
+    alone = train("Adam", tmp_path, device, n_epochs=6, engine=engine)
+    assert outcome(*run) == outcome(*alone)
 
 
 def test_a_folder_that_is_missing_is_named(tmp_path):

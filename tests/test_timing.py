@@ -29,12 +29,14 @@ def measurement(seconds=2.0, **changes) -> Measurement:
     return Measurement(**({"seconds": seconds} | known | changes))
 
 
+@pytest.mark.alone
 def test_a_function_of_known_length_is_measured_right():
     measured = benchmark(time.sleep, 0.02, device="cpu", time_budget=0.3)
     assert 0.02 <= measured.low <= measured.seconds <= measured.high < 0.03
     assert 10 <= measured.n_repeats <= 16
 
 
+@pytest.mark.alone
 def test_short_functions_are_not_drowned_by_the_clock():
     def nothing():
         pass
@@ -51,6 +53,7 @@ def timing_of(function, n):
     return (time.perf_counter() - start) / n
 
 
+@pytest.mark.alone
 def test_the_first_call_is_timed_apart():
     calls = []
 
@@ -81,6 +84,7 @@ def test_a_function_longer_than_the_budget_is_measured_once_and_says_so():
     assert "measured once: longer than the time budget" in str(measured)
 
 
+@pytest.mark.alone
 def test_a_first_call_that_compiles_is_not_taken_for_the_time():
     calls = []
 
@@ -94,6 +98,7 @@ def test_a_first_call_that_compiles_is_not_taken_for_the_time():
     assert measured.seconds < 0.001
 
 
+@pytest.mark.alone
 def test_the_budget_is_kept(device):
     a = device.asarray(np.ones(1000))
     start = time.perf_counter()
@@ -263,6 +268,7 @@ def test_the_roofline_is_the_lower_of_memory_and_arithmetic():
         ceilings.plot({"work": measurement()})
 
 
+@pytest.mark.alone
 def test_ceilings_are_measured_in_time_and_plausible(device):
     start = time.perf_counter()
     ceilings = timing.device_ceilings(device, time_budget=2.0 if device.kind == "cpu" else 8.0)
@@ -278,6 +284,7 @@ def test_ceilings_are_measured_in_time_and_plausible(device):
     assert "GB/s" in str(ceilings)
 
 
+@pytest.mark.alone
 def test_transfers_are_measured_on_a_gpu_only(device):
     if device.kind == "cpu":
         with pytest.raises(ValueError, match="transfers nothing"):
@@ -301,6 +308,7 @@ def test_tf32_is_switched_back(device):
     np.testing.assert_array_equal(gpuml.to_host(a @ a), before)
 
 
+@pytest.mark.alone
 def test_times_agree_with_cupyx_and_torch(device):
     """On a GPU, within 3 % of the profilers of CuPy and, where installed, of PyTorch."""
     if device.kind == "cpu":
@@ -326,6 +334,7 @@ def test_calls_are_timed_until_they_return_and_until_they_are_finished(device):
     assert 0 < returned <= finished
 
 
+@pytest.mark.alone
 def test_on_the_cpu_work_is_finished_when_its_call_returns():
     returned, finished = timing.returned_and_finished(lambda: time.sleep(0.01), CPU, 3)
     assert 0.01 <= returned <= finished < returned + 0.005

@@ -227,10 +227,10 @@ def test_divergence_ends_at_once_with_the_place_and_the_cure(
         value, gradient = softmax_cross_entropy(predictions, labels)
         return (value * float(bad) if len(steps) == 9 else value), gradient
 
+    # A graph would call the function twice, however many steps there are.
+    options = {"batch_size": 16, "optimizer": Adam(0.02), "engine": "eager"}
     with pytest.raises(gpuml.DivergenceError) as caught:
-        gpuml.train(
-            model, X, y, loss=failing, n_epochs=n_epochs, batch_size=16, optimizer=Adam(0.02)
-        )
+        gpuml.train(model, X, y, loss=failing, n_epochs=n_epochs, **options)
     text = str(caught.value)  # 60 samples in 4 batches: the 9th step is the first of epoch 3
     assert f"epoch 3, step 1: the loss is {bad}, which is not finite" in text
     assert "learning_rate=0.002 instead of 0.02" in text
@@ -239,7 +239,7 @@ def test_divergence_ends_at_once_with_the_place_and_the_cure(
     assert len(caught.value.history) == 2
 
     twin = MLP([4, 8, 2], device=device)
-    gpuml.train(twin, X, y, n_epochs=2, batch_size=16, optimizer=Adam(0.02))
+    gpuml.train(twin, X, y, n_epochs=2, **options)
     np.testing.assert_array_equal(
         gpuml.to_host(model.parameters.flat), gpuml.to_host(twin.parameters.flat)
     )
@@ -317,12 +317,13 @@ def test_ctrl_c_leaves_the_last_finished_epoch(device, rng):
             raise KeyboardInterrupt
         return softmax_cross_entropy(predictions, labels)
 
+    options = {"batch_size": 16, "engine": "eager"}
     with pytest.raises(KeyboardInterrupt) as caught:
-        gpuml.train(model, X, y, loss=interrupted, n_epochs=5, batch_size=16)
+        gpuml.train(model, X, y, loss=interrupted, n_epochs=5, **options)
     assert isinstance(caught.value, gpuml.TrainingInterrupted)
     assert len(caught.value.history) == 2
     twin = MLP([4, 8, 2], device=device)
-    gpuml.train(twin, X, y, n_epochs=2, batch_size=16)
+    gpuml.train(twin, X, y, n_epochs=2, **options)
     np.testing.assert_array_equal(
         gpuml.to_host(model.parameters.flat), gpuml.to_host(twin.parameters.flat)
     )
@@ -336,7 +337,8 @@ def test_history_and_weights_agree_wherever_ctrl_c_comes(
     """Ctrl-C before each line of what runs between two steps, one after the other."""
     monkeypatch.setattr(training, "HEARTBEAT", 1e9 if seldom else 0.0)
     X, y = small_problem(rng, 20)
-    data = {"validation_data": (X, y)} if validated else {}
+    options = {"validation_data": (X, y)} if validated else {}
+    options |= {"batch_size": 10, "engine": "eager"}
     methods = ["_Run.train", "_Run._one_epoch", "_Run._note", "_Run.look", "History.append"]
     methods += ["_Run._measure"] * validated
     watched = dict.fromkeys(methods, 0)
@@ -360,7 +362,7 @@ def test_history_and_weights_agree_wherever_ctrl_c_comes(
         before = sys.gettrace()
         try:
             sys.settrace(trace)
-            history = gpuml.train(model, X, y, n_epochs=n_epochs, batch_size=10, **data)
+            history = gpuml.train(model, X, y, n_epochs=n_epochs, **options)
         except gpuml.TrainingInterrupted as error:
             history = error.history
         except KeyboardInterrupt:
@@ -396,8 +398,9 @@ def test_long_epochs_are_looked_at_while_they_run(device, rng, monkeypatch):
         value, gradient = softmax_cross_entropy(predictions, labels)
         return value * math.nan, gradient
 
+    options = {"loss": failing, "batch_size": 1, "engine": "eager"}
     with pytest.raises(gpuml.DivergenceError, match="epoch 1, step 1"):
-        gpuml.train(MLP([4, 8, 2], device=device), X, y, loss=failing, batch_size=1)
+        gpuml.train(MLP([4, 8, 2], device=device), X, y, **options)
     assert len(steps) == 1
 
 
