@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from gpuml.devices import Array, array_module
-from gpuml.kernels import load_kernel
+from gpuml.kernels import load_kernel, text
 
-THREADS = 256
+THREADS, MOST_THREADS = 256, 1024
+ONE_BLOCK = 2**13  # logits of a batch, up to which one block finds losses and their mean
 BACK_BLOCKS, LEAST_ROWS = 132 * 8, 64  # of relu_layer_back: blocks at most, rows of each at least
 MOST_BLOCKS = 132 * 16  # each thread of a large array takes several elements in turn
+PART_NUMBERS = 4096  # of a sum, which a block adds up, at least where there are several
 
 
 def fused(xp: Any) -> bool:
@@ -134,24 +136,54 @@ def softmax_cross_entropy(logits: Array, labels: Array) -> tuple[Array, Array]:
     logits = cupy.ascontiguousarray(logits)
     labels = cupy.ascontiguousarray(labels, np.int64)
     gradient = cupy.empty_like(logits)
-    rows = logits.size // classes
-    row_loss = cupy.empty(rows, logits.dtype)
     value = cupy.empty(logits.shape[:-2], logits.dtype)
-    each, mean = _softmax(_name(logits))
-    sizes = (np.int32(n) for n in (rows, classes, batch, labels.size))
-    each((-(-rows * 32 // THREADS),), (THREADS,), (logits, labels, gradient, row_loss, *sizes))
-    mean((max(1, value.size),), (THREADS,), (row_loss, value, np.int32(batch)))
+    sizes = np.int32(classes), np.int32(batch), np.int32(labels.size)
+    if not gradient.size:
+        value.fill(np.nan)  # the mean of nothing
+    elif batch * classes <= ONE_BLOCK:
+        arrays = logits, labels, gradient, value
+        _softmax(_name(logits))[2]((value.size,), (MOST_THREADS,), (*arrays, *sizes))
+    else:
+        each, mean, _ = _softmax(_name(logits))
+        rows = logits.size // classes
+        row_loss = cupy.empty(rows, logits.dtype)
+        arrays = logits, labels, gradient, row_loss
+        each((-(-rows * 32 // THREADS),), (THREADS,), (*arrays, np.int32(rows), *sizes))
+        mean((value.size,), (THREADS,), (row_loss, value, sizes[1]))
     return value, gradient
 
 
 def mean_squared_error(predictions: Array, targets: Array) -> tuple[Array, Array]:
-    """Return mean losses and their gradient; see :func:`gpuml.mean_squared_error`."""
-    scale = 1.0 / math.prod(predictions.shape[-2:])
-    gradient = _elementwise("T p, T t, T scale", "T d", "d = (p - t) * scale")(
-        predictions, targets, 2 * scale
-    )
-    # The mean of (p - t)², from d = 2 scale (p - t).
-    value = _sum_of_squares()(gradient, 1 / (4 * scale), axis=(-2, -1))
+    """Return mean losses and their gradient; see :func:`gpuml.mean_squared_error`.
+
+    Parameters
+    ----------
+    predictions : cupy.ndarray of shape (…, batch, outputs)
+        float32 or float64.
+    targets : cupy.ndarray of the same type, shape (…, batch, outputs)
+        Its leading axes broadcast.
+    """
+    import cupy
+
+    one = predictions.shape[-2:]
+    if targets.size > math.prod(one) and targets.shape != predictions.shape:
+        shape = np.broadcast_shapes(predictions.shape, targets.shape)
+        predictions, targets = (cupy.broadcast_to(a, shape) for a in (predictions, targets))
+    predictions, targets = (cupy.ascontiguousarray(a) for a in (predictions, targets))
+    gradient, n = cupy.empty_like(predictions), math.prod(one)
+    stack = predictions.shape[:-2]
+    value, n_batches = cupy.empty(stack, predictions.dtype), math.prod(stack)
+    n_parts = max(1, min(MOST_BLOCKS, n // PART_NUMBERS))
+    parts = cupy.empty(n_batches * n_parts if n_parts > 1 else 0)
+    number = predictions.dtype.type
+    if n_batches:
+        each, mean = _squares(_name(predictions))
+        sizes = np.int64(n), np.int32(n_parts)
+        arrays = predictions, targets, gradient, parts, value
+        shared = np.int32(targets.size == n)
+        each((n_batches * n_parts,), (THREADS,), (*arrays, *sizes, shared, number(2 / n)))
+        if n_parts > 1:
+            mean((n_batches,), (THREADS,), (parts, value, *sizes))
     return value, gradient
 
 
@@ -182,9 +214,21 @@ def quadratic_loss(
 
 
 def gradient_descent(
-    parameters: Array, gradient: Array, velocity: Array | None, state: dict[str, Array]
+    parameters: Array,
+    gradient: Array,
+    velocity: Array | None,
+    state: dict[str, Array],
+    rounded: Array | None = None,
 ) -> None:
-    """Take a step of :class:`gpuml.GradientDescent` in place."""
+    """Take a step of :class:`gpuml.GradientDescent` in place.
+
+    Parameters
+    ----------
+    parameters, gradient, velocity : cupy.ndarray of the same shape
+    state : dict of str to cupy.ndarray
+    rounded : cupy.ndarray of bfloat16, optional
+        Gets the parameters, rounded.
+    """
     decays = "weight_decay" in state
     names = ["T rate", "T momentum"] if velocity is not None else ["T rate"]
     arrays = [state["learning_rate"], *([state["momentum"]] if velocity is not None else [])]
@@ -196,12 +240,22 @@ def gradient_descent(
     if velocity is not None:
         step += "s = v = momentum * v + s;"
     outputs = "T p, T v" if velocity is not None else "T p"
-    kernel = _elementwise(", ".join(["T g", *names]), outputs, f"{step} p -= rate * s;")
+    kernel = _update(", ".join(["T g", *names]), outputs, f"{step} p -= rate * s;", rounded)
     kernel(gradient, *arrays, parameters, *(() if velocity is None else (velocity,)))
 
 
-def adam(parameters: Array, gradient: Array, state: dict[str, Array]) -> None:
-    """Take a step of :class:`gpuml.Adam` in place, the powers of β₁ and β₂ included."""
+def adam(
+    parameters: Array, gradient: Array, state: dict[str, Array], rounded: Array | None = None
+) -> None:
+    """Take a step of :class:`gpuml.Adam` in place, the powers of β₁ and β₂ included.
+
+    Parameters
+    ----------
+    parameters, gradient : cupy.ndarray of the same shape
+    state : dict of str to cupy.ndarray
+    rounded : cupy.ndarray of bfloat16, optional
+        Gets the parameters, rounded.
+    """
     _elementwise("T b1, T b2", "T p1, T p2", "p1 *= b1; p2 *= b2;")(
         state["beta1"], state["beta2"], state["beta1_power"], state["beta2_power"]
     )
@@ -216,8 +270,27 @@ def adam(parameters: Array, gradient: Array, state: dict[str, Array]) -> None:
         "m = m * b1 + g * (1 - b1); v = v * b2 + g * g * (1 - b2);"
         "p -= m / (sqrt(v) / sqrt(1 - p2) + epsilon) * (rate / (1 - p1));"
     )
-    kernel = _elementwise(names, "T p, T m, T v", step)
+    kernel = _update(names, "T p, T m, T v", step, rounded)
     kernel(gradient, *(state[name] for name in rates), parameters, state["m"], state["v"])
+
+
+def all_finite(x: Array) -> Array:
+    """Return whether all numbers are finite, as an int32 on the device: 1 or 0.
+
+    CuPy's own reductions take seconds to compile on a machine that has not seen them.
+
+    Parameters
+    ----------
+    x : cupy.ndarray
+        Contiguous; float32 or float64.
+    """
+    import cupy
+
+    end, _ = _epoch_end(_name(x))
+    fine, mean = cupy.ones((), np.int32), cupy.empty((), np.float64)
+    sizes = np.int64(x.size), np.int32(0)  # and no losses
+    _launch(end, x.size, (x, sizes[0], x, mean, sizes[1], fine, mean))
+    return fine
 
 
 class EpochEnd:
@@ -240,8 +313,7 @@ class EpochEnd:
         self._weights = weights
         self._fine = cupy.ones((), np.int32)
         self.n_good = cupy.zeros((), np.int64)
-        options = (f"-DNUMBER={_c_type(weights.dtype.name)}", f"-DTHREADS={THREADS}")
-        self._end, self._keep = _pair("epoch_end", "epoch_end_keep", options)
+        self._end, self._keep = _epoch_end(_name(weights))
 
     def __call__(self, losses: Array, shares: Array, kept: Array) -> Array:
         """Look at an epoch; if it and all before were good, copy the weights.
@@ -315,28 +387,43 @@ def _relu_layer(function: str, number: str, stored: str, vector: int) -> Any:
 
 
 @cache
-def _softmax(number: str) -> tuple[Any, Any]:
+def _softmax(number: str) -> tuple[Any, Any, Any]:
+    name, options = "softmax_cross_entropy", (f"-DNUMBER={_c_type(number)}",)
+    some, most = ((*options, f"-DTHREADS={n}") for n in (THREADS, MOST_THREADS))
+    return *_pair(name, f"{name}_mean", some), load_kernel(name, f"{name}_batch", options=most)
+
+
+@cache
+def _epoch_end(number: str) -> tuple[Any, Any]:
     options = (f"-DNUMBER={_c_type(number)}", f"-DTHREADS={THREADS}")
-    return _pair("softmax_cross_entropy", "softmax_cross_entropy_mean", options)
+    return _pair("epoch_end", "epoch_end_keep", options)
+
+
+@cache
+def _squares(number: str) -> tuple[Any, Any]:
+    options = (f"-DNUMBER={_c_type(number)}", f"-DTHREADS={THREADS}")
+    return _pair("mean_squared_error", "mean_squared_error_mean", options)
 
 
 def _pair(source: str, second: str, options: tuple[str, ...]) -> tuple[Any, Any]:
     return load_kernel(source, options=options), load_kernel(source, second, options=options)
 
 
+def _update(inputs: str, outputs: str, step: str, rounded: Array | None) -> Any:
+    """Return what calls the kernel of an optimizer's step on new parameters p."""
+    if rounded is None:
+        return _elementwise(inputs, outputs, step)
+    kernel = _elementwise(inputs, f"{outputs}, uint16 rounded", f"{step} rounded = to_bfloat16(p);")
+    return lambda *arrays: kernel(*arrays, rounded.view(np.uint16))
+
+
 @cache
 def _elementwise(inputs: str, outputs: str, operation: str) -> Any:
     import cupy
 
-    return cupy.ElementwiseKernel(inputs, outputs, operation, "gpuml_elementwise")
-
-
-@cache
-def _sum_of_squares() -> Any:
-    import cupy
-
-    return cupy.ReductionKernel(
-        "T d, T scale", "T value", "d * d * scale", "a + b", "value = a", "0", "gpuml_squares"
+    preamble = text("bfloat16.cuh")
+    return cupy.ElementwiseKernel(
+        inputs, outputs, operation, "gpuml_elementwise", preamble=preamble
     )
 
 

@@ -51,7 +51,7 @@ def mean_squared_error(predictions: Array, targets: Array) -> tuple[Array, Array
             f"predictions have shape {predictions.shape}, targets {targets.shape}: the last two "
             "axes, (batch, outputs), must agree; y[:, None] makes a column of a vector"
         )
-    if fused(xp) and predictions.dtype == targets.dtype:
+    if fused(xp) and predictions.dtype == targets.dtype and targets.dtype.char in "fd":
         return gpu_layers.mean_squared_error(predictions, targets)
     difference = predictions - targets
     scale = 1.0 / (predictions.shape[-2] * predictions.shape[-1])

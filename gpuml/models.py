@@ -35,6 +35,12 @@ class Parameters(Mapping[str, Array]):
     shapes : mapping of str to tuple of int
         The shape of each parameter, in the order in which they lie in the vector.
 
+    Attributes
+    ----------
+    rounded : Parameters or None
+        The same in bfloat16, where :meth:`keep_rounded` was called: what changes the vector has
+        to change it as well, and the optimizers of this package do.
+
     Raises
     ------
     ValueError
@@ -49,6 +55,7 @@ class Parameters(Mapping[str, Array]):
             )
         self.flat = flat
         self.shapes = dict(shapes)
+        self.rounded: Parameters | None = None
         self._views: dict[str, Array] = {}
         start = 0
         for name, shape in shapes.items():
@@ -77,6 +84,18 @@ class Parameters(Mapping[str, Array]):
         with device_of(self.flat).use():
             flat = array_module(self.flat).zeros_like(self.flat)
         return Parameters(flat, self.shapes)
+
+    def keep_rounded(self) -> None:
+        """Keep a copy on a GPU in bfloat16, unless cuBLAS would read its matrices slowly.
+
+        That is where they do not begin at multiples of 16 bytes.
+        """
+        start = 0
+        for shape in self.shapes.values():
+            if start % 8 and shape[0] > 1:
+                return
+            start += math.prod(shape)
+        self.rounded = Parameters(_rounded(self.flat), self.shapes)
 
 
 class Backward(Protocol):
@@ -191,7 +210,10 @@ class Model:
             raise ValueError(f"x has shape {x.shape}, the model expects (batch, {n_features})")
         half = precision == "bfloat16" and type(x) is not np.ndarray
         inputs = [_rounded(x) if half else x]  # of each layer, kept for the way back
-        weights = [_rounded(parameters[w]) if half else parameters[w] for w, _ in layers]
+        rounded = parameters.rounded
+        weights = [parameters[w] for w, _ in layers]
+        if half:
+            weights = [rounded[w] if rounded else _rounded(parameters[w]) for w, _ in layers]
         for weight, (_, bias) in zip(weights, layers, strict=True):
             last = len(inputs) == len(layers)
             out = _sums(inputs[-1], weight, parameters.flat.dtype) if half and last else None

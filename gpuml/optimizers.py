@@ -92,9 +92,9 @@ class GradientDescent:
         """Take one step in place."""
         xp = array_module(parameters.flat, gradients.flat)
         if fused(xp):
-            gpu_layers.gradient_descent(
-                parameters.flat, gradients.flat, state.get("velocity"), state
-            )
+            rounded = parameters.rounded and parameters.rounded.flat
+            velocity = state.get("velocity")
+            gpu_layers.gradient_descent(parameters.flat, gradients.flat, velocity, state, rounded)
             return
         direction, step = gradients.flat, state["step"]
         if "weight_decay" in state:
@@ -196,7 +196,8 @@ class Adam:
         """Take one step in place."""
         xp = array_module(parameters.flat, gradients.flat)
         if fused(xp):
-            gpu_layers.adam(parameters.flat, gradients.flat, state)
+            rounded = parameters.rounded and parameters.rounded.flat
+            gpu_layers.adam(parameters.flat, gradients.flat, state, rounded)
             return
         gradient, m, v, step = gradients.flat, state["m"], state["v"], state["step"]
         if "weight_decay" in state:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal, Protocol, TypeAlias
 
-from gpuml import fused, one_pass
+from gpuml import fused, gpu_layers, one_pass
 from gpuml.batches import Batches
 from gpuml.cpu_layers import CpuGradient
 from gpuml.devices import Array, array_module
@@ -14,8 +14,8 @@ from gpuml.errors import unknown_name
 from gpuml.fused import FusedStep
 from gpuml.losses import Loss, mean_squared_error
 from gpuml.matmul import CapturedProducts, Precision, checked_precision
-from gpuml.models import MLP, Linear, Model
-from gpuml.optimizers import Optimizer, State
+from gpuml.models import MLP, Linear, Model, Parameters
+from gpuml.optimizers import OPTIMIZERS, Optimizer, State
 from gpuml.regression import Gram
 
 Engine: TypeAlias = Literal["eager", "graph", "fused", "one_pass", "gram"]
@@ -80,7 +80,13 @@ class EagerStep:
         self._model, self._loss, self._optimizer = model, loss, optimizer
         self._options: dict[str, Any] = {"precision": precision} if precision else {}
         self.reason = ""
-        self._parameters = model.parameters
+        # Of its own, since only the optimizer keeps a rounded copy up to date.
+        self._parameters = Parameters(model.parameters.flat, model.parameters.shapes)
+        self._rounds = (
+            precision == "bfloat16"
+            and gpu_layers.fused(model.device.xp)
+            and type(optimizer) in OPTIMIZERS.values()
+        )
         self._gradients = model.parameters.zeros_like()
         self._total: Any = None  # of the parts so far
         self.state = optimizer.init(model.parameters)
@@ -91,6 +97,8 @@ class EagerStep:
     def _gradient(self, x: Array, y: Array) -> Array:
         if self._on_cpu is not None and self._on_cpu.fits(x):
             return self._on_cpu(x, y)
+        if self._rounds and self._parameters.rounded is None:  # the weights to begin with are there
+            self._parameters.keep_rounded()
         predictions, backward = self._model.forward(self._parameters, x, **self._options)
         value, d_predictions = self._loss(predictions, y)
         backward(d_predictions, self._gradients)

@@ -28,7 +28,7 @@ from gpuml.checkpoints import fingerprint_data, load_checkpoint, save_checkpoint
 from gpuml.devices import CPU, Array, Device, array_module, blas_threads, device_of, to_host
 from gpuml.errors import DataError, GpumlError
 from gpuml.fused import FusedStep
-from gpuml.gpu_layers import EpochEnd, fused
+from gpuml.gpu_layers import EpochEnd, all_finite, fused
 from gpuml.history import History
 from gpuml.losses import Loss, get_loss, mean_squared_error, softmax_cross_entropy
 from gpuml.matmul import Precision
@@ -555,7 +555,7 @@ class _FusedRun(_Run):
         self.chunks.append(chunk)
         self.step.launch(chunk.order, chunk.rates, chunk.losses)
         chunk.end = self.clock.now()
-        fine = xp.isfinite(self.flat).all()
+        fine = all_finite(self.flat)
         if self.schedule is not None:
             self.step.state["learning_rate"][...] = chunk.rates[-1]
         chunk.done = Trace.event()
@@ -1084,10 +1084,11 @@ def _checked(model: Model, X: Array, y: Array, loss: Loss) -> tuple[Array, np.dt
                 f"cross entropy needs integer labels of shape ({len(X)},), "
                 f"got {y.dtype} of shape {y.shape}"
             )
-        if y.min() < 0 or y.max() >= n_outputs:
+        labels = to_host(y)  # a GPU's reductions take seconds to compile the first time
+        if labels.min() < 0 or labels.max() >= n_outputs:
             raise ValueError(
                 f"labels must be from 0 to {n_outputs - 1}, one for each of the model's outputs, "
-                f"got {int(y.min())} to {int(y.max())}; to predict whole numbers, "
+                f"got {int(labels.min())} to {int(labels.max())}; to predict whole numbers, "
                 'loss="mean_squared_error"'
             )
     if y.dtype.kind in "iu" and loss is not mean_squared_error:

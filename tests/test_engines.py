@@ -15,6 +15,7 @@ import gpuml
 from gpuml import MLP, Adam, GradientDescent, fused, gpu_layers, kernels, training
 from gpuml.batches import ArrayBatches
 from gpuml.losses import mean_squared_error, softmax_cross_entropy
+from gpuml.models import Parameters
 from gpuml.steps import ENGINES, GraphStep
 
 OPTIMIZERS = [
@@ -364,6 +365,29 @@ def test_lower_precision_trains_nearly_the_same(
     assert low[0].dtype == np.float32
 
 
+class OwnDescent(GradientDescent):
+    """An optimizer that may do anything, for all that training knows."""
+
+
+@pytest.mark.parametrize("engine", ["eager", "graph"])
+@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, OwnDescent(0.05, momentum=0.9)], ids=repr)
+@pytest.mark.parametrize(("sizes", "kept"), [([64, 128, 8], True), ([20, 33, 7], False)])
+def test_weights_rounded_by_the_optimizer_are_those_rounded_before_each_step(
+    gpu, engine, optimizer, sizes, kept, monkeypatch
+):
+    if engine not in ["eager", *engines()]:
+        pytest.skip("nvmath-python is not installed")
+    options = {"optimizer": optimizer, "precision": "bfloat16", "schedule": "cosine"}
+    asked, keep = [], Parameters.keep_rounded
+    monkeypatch.setattr(Parameters, "keep_rounded", lambda p: keep(p) or asked.append(p))
+    found = trained(gpu, engine, sizes, 32, **options)
+    whole = [p.rounded is not None for p in asked]
+    assert whole[:1] == ([] if isinstance(optimizer, OwnDescent) else [kept])
+    monkeypatch.setattr(Parameters, "keep_rounded", lambda p: None)
+    expected = trained(gpu, engine, sizes, 32, **options)
+    assert found[0].tobytes() == expected[0].tobytes()
+
+
 def test_a_graph_is_captured_once_for_each_shape(gpu):
     if "graph" not in engines():
         pytest.skip("nvmath-python is not installed")
@@ -380,7 +404,7 @@ def test_a_graph_is_captured_once_for_each_shape(gpu):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_fused_losses_are_those_of_numpy(device, rng, dtype):
-    for shape in ((1, 2), (7, 10), (300, 1000), (3, 5, 4)):
+    for shape in ((1, 2), (7, 10), (300, 1000), (3, 5, 4), (2, 5000, 3)):
         logits = (10 * rng.normal(size=shape)).astype(dtype)
         labels = rng.integers(0, shape[-1], size=shape[:-1])
         targets = rng.normal(size=shape).astype(dtype)

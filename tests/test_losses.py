@@ -75,6 +75,36 @@ def test_leading_axes_are_models_of_their_own(device, rng, one_label_each):
         np.testing.assert_allclose(gpuml.to_host(square_gradients[i]), two[1], rtol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("shape", "target_shape"),
+    [
+        ((9000, 3), (9000, 3)),  # so many that a GPU adds them up in parts
+        ((2, 4099, 3), (4099, 3)),
+        ((2, 3, 5, 4), (3, 5, 4)),
+        ((3, 5, 4), (2, 1, 5, 4)),
+        ((5, 4), (3, 5, 4)),
+        ((1, 5, 4), (5, 4)),
+        ((0, 5, 4), (5, 4)),
+    ],
+)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_targets_broadcast_against_predictions(device, rng, shape, target_shape, dtype):
+    p, t = rng.normal(size=shape).astype(dtype), rng.normal(size=target_shape).astype(dtype)
+    value, gradient = mean_squared_error(
+        device.asarray(p.swapaxes(-1, -2)).swapaxes(-1, -2), device.asarray(t)
+    )
+    difference = p.astype(float) - t
+    tolerance = 1e-6 if dtype == np.float32 else 1e-13
+    expected = np.mean(difference**2, axis=(-2, -1))
+    assert value.shape == expected.shape
+    assert value.dtype == gradient.dtype == dtype
+    np.testing.assert_allclose(gpuml.to_host(value), expected, rtol=tolerance)
+    scale = 2 / (shape[-2] * shape[-1])
+    np.testing.assert_allclose(
+        gpuml.to_host(gradient), scale * difference, rtol=tolerance, atol=tolerance * scale
+    )
+
+
 def test_shapes_that_numpy_would_broadcast_are_refused():
     with pytest.raises(ValueError, match=r"\(5, 1\).*\(1, 5\).*y\[:, None\]"):
         mean_squared_error(np.zeros((5, 1)), np.zeros((1, 5)))

@@ -51,10 +51,21 @@ def source(name: str) -> str:
     if name not in names():
         raise ValueError(unknown_name("CUDA C source", name, names()))
     # Headers are put in their place, so that a text tells all: CuPy knows compiled ones by it.
-    return re.sub(r'#include "(\w+\.cuh)"\n', lambda line: _text(line[1]), _text(f"{name}.cu"))
+    return re.sub(r'#include "(\w+\.cuh)"\n', lambda line: text(line[1]), text(f"{name}.cu"))
 
 
-def _text(file: str) -> str:
+def text(file: str) -> str:
+    """Return a file of this package as it is.
+
+    Parameters
+    ----------
+    file : str
+        Such as the header ``"bfloat16.cuh"``.
+
+    Returns
+    -------
+    str
+    """
     return resources.files(__name__).joinpath(file).read_text(encoding="utf-8")
 
 
@@ -97,12 +108,12 @@ def load_kernel(
     ----------
     CuPy, User-Defined Kernels: raw kernels.
     """
-    text = source(name)
+    whole = source(name)
     try:
         get_device("gpu")
     except DeviceError as error:
         raise DeviceError(f"CUDA C can be compiled for a GPU only. {error}") from None
-    return _raw_kernel(text, function or name, ("-std=c++17", *options), cooperative)
+    return _raw_kernel(whole, function or name, ("-std=c++17", *options), cooperative)
 
 
 @cache

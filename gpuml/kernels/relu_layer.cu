@@ -11,16 +11,13 @@
 #define VECTOR 4      // elements of one access; a divisor of the number of columns
 #endif
 
+#include "bfloat16.cuh"
+
 using Number = NUMBER;
 #if BFLOAT16
 using Stored = unsigned short;
-__device__ Number widen(Stored x) { return __uint_as_float((unsigned)x << 16); }
-__device__ Stored narrow(Number x)
-{
-    unsigned bits = __float_as_uint(x);
-    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fff;  // not a number
-    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;      // to nearest, ties to even
-}
+__device__ Number widen(Stored x) { return from_bfloat16(x); }
+__device__ Stored narrow(Number x) { return to_bfloat16(x); }
 #else
 using Stored = Number;
 __device__ Number widen(Stored x) { return x; }
