@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from itertools import pairwise
 from operator import index
 from typing import Any, Literal, TypeAlias
@@ -27,10 +28,10 @@ WORKSPACE_BYTES = 32 * 2**20  # for cuBLAS inside a graph: what its manual advis
 FEWEST_SMALL = 256  # products; for fewer, compiling a kernel for their shape does not pay
 SMALL_THREADS = 128
 SHARED_BYTES = 48 * 1024  # what a block may have without asking
-# In tf32 cuBLAS multiplies xᵀ y of matrices that lie row by row at 0.63 of its best rate on an
-# H100. From this m n / (m + n) on it pays to transpose both first: the time that is saved grows
-# with m n, and that of the copies with m + n. Only training does, whose memory has no budget.
-TRANSPOSING_PAYS = 1500
+# In tf32 cuBLAS multiplies xᵀ y of matrices that lie row by row at 0.65 of its best rate on an
+# H100, and comes near that rate when one of them is transposed. From these sizes on a copy of the
+# smaller one costs less time than it saves. Only training does it, whose memory has no budget.
+TRANSPOSED_SIDE, TRANSPOSED_SIZE = 1500, 2**32  # max(m, n), and m n k
 MOST_ROWS = 2**31 - 1  # cuBLAS and most BLAS count in 32 bits
 
 
@@ -541,16 +542,18 @@ def _as_matrix(x: Array) -> Array | None:
 
 def _step(x: Array) -> int | None:
     """Return the elements from one matrix of a stack to the next, or None if that varies."""
-    if x.ndim == 2:
-        return 0
-    axes = [(n, s) for n, s in zip(x.shape[:-2], x.strides[:-2], strict=True) if n > 1]
-    if any(s % x.itemsize for _, s in axes):
+    return _step_of(x.shape, x.strides, x.itemsize)
+
+
+def _step_of(shape: Sequence[int], strides: Sequence[int], size: int) -> int | None:
+    axes = [(n, s) for n, s in zip(shape[:-2], strides[:-2], strict=True) if n > 1]
+    if any(s % size for _, s in axes):
         return None
     for (_, outer), (n, inner) in pairwise(axes):
         if outer != inner * n:
             return None
     step = axes[-1][1] if axes else 0
-    return int(step) // x.itemsize if step >= 0 else None
+    return int(step) // size if step >= 0 else None
 
 
 def _layout(x: Array) -> tuple[int, int] | None:
@@ -558,7 +561,11 @@ def _layout(x: Array) -> tuple[int, int] | None:
 
     None if neither rows nor columns are contiguous, or they are no whole number of elements apart.
     """
-    (rows, columns), (down, across), size = x.shape[-2:], x.strides[-2:], x.itemsize
+    return _layout_of(x.shape, x.strides, x.itemsize)
+
+
+def _layout_of(shape: Sequence[int], strides: Sequence[int], size: int) -> tuple[int, int] | None:
+    (rows, columns), (down, across) = shape[-2:], strides[-2:]
     if (rows > 1 and down % size) or (columns > 1 and across % size):
         return None
     down, across = down // size, across // size
@@ -574,40 +581,87 @@ def _cublas(a: Array, b: Array, out: Array, precision: Precision | None, scale: 
     import cupy
     from cupy_backends.cuda.libs import cublas
 
-    layouts = _layout(a), _layout(b), _layout(out)
-    if layouts[0] is None or layouts[1] is None:
+    places = a.shape, a.strides, b.shape, b.strides, out.shape, out.strides
+    told = _arguments(*places, a.dtype, out.dtype, precision, scale)
+    if told is None:
         a, b = (x if _layout(x) else _contiguous(x) for x in (a, b))
-        layouts = _layout(a), _layout(b), layouts[2]
-    place = out
-    if _step(out) is None or (layouts[2] or (1, 0))[0]:
-        place = _contiguous(out)
-        layouts = layouts[0], layouts[1], _layout(place)
-    (a_turned, a_row), (b_turned, b_row), (_, out_row) = layouts  # type: ignore[misc]
-    code, compute, sums = _cublas_types(a.dtype, precision)
-    sum_code = code if out.dtype == a.dtype else _cublas_types(out.dtype, None)[0]
-    one, before = _constant(1.0, sums)[1], _constant(float(scale), sums)[1]
-    (m, k), n = a.shape[-2:], b.shape[-1]
-    # cuBLAS counts by columns. What lies by rows is for it the transposed matrix, and the
-    # transposed product is b' a'.
-    handle, multiply = cupy.cuda.device.get_cublas_handle(), cublas.gemmStridedBatchedEx
+        by_rows = _step(out) is not None and (_layout(out) or (1, 0))[0] == 0
+        place = out if by_rows else _contiguous(out)
+        _cublas(a, b, place, precision, scale)
+        if place is not out:
+            out[...] = place
+        return
+    head, (b_code, b_row, b_step), (a_code, a_row, a_step), zero, (c_code, c_row, c_step), tail = (
+        told
+    )
     captured = _CAPTURED.get(cupy.cuda.get_current_stream().ptr) if _CAPTURED else None
+    if tail[0] == 1 and not captured:  # it is queued in a tenth less time
+        cublas.gemmEx(
+            cupy.cuda.device.get_cublas_handle(), *head, b.data.ptr, b_code, b_row,
+            a.data.ptr, a_code, a_row, zero, out.data.ptr, c_code, c_row, *tail[1:],
+        )  # fmt: skip
+        return
+    handle, multiply = cupy.cuda.device.get_cublas_handle(), cublas.gemmStridedBatchedEx
     if captured:
         handle, multiply = captured.number, captured.multiply
     multiply(
-        handle, b_turned, a_turned, n, m, k, one, b.data.ptr, code, b_row, _step(b),
-        a.data.ptr, code, a_row, _step(a), before, place.data.ptr, sum_code, out_row,
-        _step(place), out.size // (m * n), compute, cublas.CUBLAS_GEMM_DEFAULT,
+        handle, *head, b.data.ptr, b_code, b_row, b_step, a.data.ptr, a_code, a_row, a_step,
+        zero, out.data.ptr, c_code, c_row, c_step, *tail,
     )  # fmt: skip
-    if place is not out:
-        out[...] = place
+
+
+@lru_cache(maxsize=4096)
+def _arguments(
+    a: tuple[int, ...],
+    a_strides: tuple[int, ...],
+    b: tuple[int, ...],
+    b_strides: tuple[int, ...],
+    c: tuple[int, ...],
+    c_strides: tuple[int, ...],
+    dtype: np.dtype[Any],
+    sum_dtype: np.dtype[Any],
+    precision: Precision | None,
+    scale: float,
+) -> tuple[Any, ...] | None:
+    """Return what cuBLAS is told of a product beside addresses; None if it cannot read an array.
+
+    A product of small matrices takes less time than finding this out, so it is kept.
+    """
+    from cupy_backends.cuda.libs import cublas
+
+    code, compute, sums = _cublas_types(dtype, precision)
+    sum_code = code if sum_dtype == dtype else _cublas_types(sum_dtype, None)[0]
+    arrays = (a, a_strides, code), (b, b_strides, code), (c, c_strides, sum_code)
+    turned, described = [], []
+    for (shape, strides, number), kind in zip(arrays, (dtype, dtype, sum_dtype), strict=True):
+        layout = _layout_of(shape, strides, kind.itemsize)
+        step = _step_of(shape, strides, kind.itemsize)
+        if layout is None or step is None:
+            return None
+        turned.append(layout[0])
+        described.append((number, layout[1], step))
+    if turned[2]:
+        return None
+    (m, k), n = a[-2:], b[-1]
+    # cuBLAS counts by columns. What lies by rows is for it the transposed matrix, and the
+    # transposed product is b' a'.
+    head = turned[1], turned[0], n, m, k, _constant(1.0, sums)[1]
+    tail = math.prod(c[:-2]), compute, cublas.CUBLAS_GEMM_DEFAULT
+    return head, described[1], described[0], _constant(float(scale), sums)[1], described[2], tail
 
 
 def _for_tf32(a: Array, b: Array) -> tuple[Array, Array]:
-    """Return the factors of a large product so that the axis which is summed is contiguous."""
-    m, n = a.shape[0], b.shape[1]
-    if m * n < TRANSPOSING_PAYS * (m + n) or not (_transposable(a.T) and _transposable(b)):
+    """Return the factors of a large product, xᵀ y, with the smaller one transposed."""
+    (m, k), n = a.shape, b.shape[1]
+    if max(m, n) < TRANSPOSED_SIDE or m * n * k < TRANSPOSED_SIZE:
         return a, b
-    return _transposed(a.T), _transposed(b).T
+    if not (a.T.flags.c_contiguous and b.flags.c_contiguous):
+        return a, b
+    if m <= n and _transposable(a.T):
+        return _transposed(a.T), b
+    if n < m and _transposable(b):
+        return a, _transposed(b).T
+    return a, b
 
 
 def _transposable(x: Array) -> bool:

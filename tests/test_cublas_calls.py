@@ -84,6 +84,17 @@ def gemm(
         z[...] = alpha * (x.astype(float) @ y.astype(float)) + before
 
 
+def gemm_of_one(
+    handle, turn_a, turn_b, m, n, k, alpha, a, a_code, lda, b, b_code, ldb, beta, c, c_code, ldc,
+    compute, algorithm,
+):  # fmt: skip
+    """cublasGemmEx."""
+    gemm(
+        handle, turn_a, turn_b, m, n, k, alpha, a, a_code, lda, 0, b, b_code, ldb, 0, beta, c,
+        c_code, ldc, 0, 1, compute, algorithm,
+    )  # fmt: skip
+
+
 def matmul_of_cupy(a, b, out=None):
     """cupy.matmul, and what it cannot do."""
     for x in (a, b) if out is None else (a, b, out):
@@ -99,7 +110,7 @@ def simulated(monkeypatch):
     codes = {"CUBLAS_COMPUTE_32F": 68, "CUBLAS_COMPUTE_32F_FAST_TF32": 77}
     codes |= {"CUBLAS_COMPUTE_32F_FAST_16BF": 75, "CUBLAS_COMPUTE_64F": 70}
     codes |= {"CUBLAS_GEMM_DEFAULT": -1}
-    cublas = SimpleNamespace(gemmStridedBatchedEx=gemm, **codes)
+    cublas = SimpleNamespace(gemmStridedBatchedEx=gemm, gemmEx=gemm_of_one, **codes)
     kinds = {"CUDA_R_16F": F16, "CUDA_R_16BF": 14, "CUDA_R_32F": F32, "CUDA_R_64F": F64}
     runtime = SimpleNamespace(is_hip=False, CUDA_C_32F=4, CUDA_C_64F=5, **kinds)
     device = SimpleNamespace(get_cublas_handle=lambda: 0)
@@ -119,9 +130,12 @@ def simulated(monkeypatch):
     for name in names:
         monkeypatch.setitem(sys.modules, name, ModuleType(name))
     monkeypatch.setattr(products, "_multiply_small", lambda *_: False)
-    products._cublas_types.cache_clear()
+    kept = products._cublas_types, products._arguments
+    for cache in kept:
+        cache.cache_clear()
     yield cupy
-    products._cublas_types.cache_clear()
+    for cache in kept:
+        cache.cache_clear()
 
 
 def some(rng, shape, layout, dtype):
@@ -186,11 +200,13 @@ def test_short_numbers_are_summed_in_float32(simulated, rng):
 def test_the_precision_is_passed_on_for_one_call(simulated, rng, monkeypatch):
     told = []
     cublas = sys.modules["cupy_backends.cuda.libs"].cublas
-    monkeypatch.setattr(cublas, "gemmStridedBatchedEx", lambda *a: told.append(a[-2]) or gemm(*a))
-    x = Array(rng.normal(size=(4, 4)).astype(np.float32))
-    for precision in ("tf32", "bfloat16", "float32", None):
-        products.matmul(x, x, precision=precision)
-    assert told == [77, 75, 68, 68]
+    for name, function in (("gemmEx", gemm_of_one), ("gemmStridedBatchedEx", gemm)):
+        monkeypatch.setattr(cublas, name, lambda *a, f=function: told.append(a[-2]) or f(*a))
+    for shape in ((4, 4), (2, 4, 4)):
+        x = Array(rng.normal(size=shape).astype(np.float32))
+        for precision in ("tf32", "bfloat16", "float32", None):
+            products.matmul(x, x, precision=precision)
+    assert told == [77, 75, 68, 68] * 2
 
 
 def test_inside_a_capture_the_other_library_is_called(simulated, rng, monkeypatch):
@@ -247,6 +263,7 @@ def test_many_small_products_go_to_our_own_kernel_first(
     monkeypatch.setattr(
         cublas, "gemmStridedBatchedEx", lambda *all: counts.append(all[-3]) or gemm(*all)
     )
+    monkeypatch.setattr(cublas, "gemmEx", lambda *all: counts.append(1) or gemm_of_one(*all))
     x, y = (Array(rng.normal(size=shape).astype(np.float32)) for shape in (a, b))
     result = products.matmul(x, y)
     np.testing.assert_allclose(result.host, x.host @ y.host, rtol=1e-5, atol=1e-5)

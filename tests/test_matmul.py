@@ -881,25 +881,27 @@ def test_precision_holds_for_one_call(device, rng, stacks):
         assert errors["tf32"] > 10 * errors["float32"]
 
 
-def test_large_products_of_transposed_matrices_in_tf32(device, rng, monkeypatch):
-    """They are transposed first, also where tiles of 64 reach beyond them; within a budget not."""
+@pytest.mark.parametrize(("m", "n"), [(2052, 3084), (3084, 2052)])
+def test_of_large_products_in_tf32_the_smaller_matrix_is_transposed(device, rng, monkeypatch, m, n):
+    """Also where tiles of 64 reach beyond it; and not within a budget of memory."""
     made, transposed = [], matmul._transposed
     monkeypatch.setattr(matmul, "_transposed", lambda x: made.append(x.shape) or transposed(x))
-    x = device.asarray(rng.normal(size=(76, 3112)).astype(np.float32))
-    d = device.asarray(rng.normal(size=(76, 3084)).astype(np.float32))
-    x_before = gpuml.to_host(x).copy()
-    out = device.xp.full((3112, 3084), np.nan, np.float32)
+    x, d = (device.asarray(rng.normal(size=(684, i)).astype(np.float32)) for i in (m, n))
+    before = [gpuml.to_host(a).copy() for a in (x, d)]
+    out = device.xp.full((m, n), np.nan, np.float32)
     multiply_into(x.T, d, out, precision="tf32")
     assert made == []
     out[...] = np.nan
     c = matmul.matmul(x.T, d, out, precision="tf32")
     assert c is out
     assert relative_error(c, x.T, d) < 2e-3
-    np.testing.assert_array_equal(gpuml.to_host(x), x_before)
-    assert made == ([(76, 3112), (76, 3084)] if is_nvidia(device) else [])
-    matmul.matmul(x[:, :2048].T, d, precision="tf32")  # too small to pay
+    assert made == ([(684, 2052)] if is_nvidia(device) else [])
+    matmul.matmul(x[:600].T, d[:600], precision="tf32")  # too small to pay
     matmul.matmul(x.T, d, out, precision="float32")
-    assert len(made) == 2 * is_nvidia(device)
+    matmul.matmul(device.xp.ascontiguousarray(x.T), d, out, precision="tf32")  # fast as it is
+    assert len(made) == is_nvidia(device)
+    for a, unchanged in zip((x, d), before, strict=True):
+        np.testing.assert_array_equal(gpuml.to_host(a), unchanged)
 
 
 def test_precision_is_for_float32(device):
