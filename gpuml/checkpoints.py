@@ -153,6 +153,26 @@ def load_checkpoint(
     return arrays, state
 
 
+def saved_facts(path: str | PathLike[str]) -> dict[str, Any]:
+    """Return the facts in a checkpoint, unchecked; none if there is no file, or no such one.
+
+    Parameters
+    ----------
+    path : path
+
+    Returns
+    -------
+    dict of str
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy") as file:
+            return dict(json.loads(file.metadata()[KEY])["facts"])
+    except (OSError, SafetensorError, ValueError, TypeError, KeyError, RecursionError):
+        return {}
+
+
 def fingerprint_data(X: Array, y: Array | None = None) -> dict[str, str]:
     """Return short texts that tell a data set from others, to be kept among the facts.
 

@@ -254,7 +254,8 @@ def make_step(
     engine: Engine | None,
     precision: Precision | None = None,
     *,
-    n_epochs: int | None = 1,
+    n_epochs: int = 1,
+    before: str | None = None,
 ) -> Step | FusedStep:
     """Put the step together, by the engine that is asked for or the best that can hold it.
 
@@ -267,8 +268,10 @@ def make_step(
     engine : {"eager", "graph", "fused", "one_pass", "gram"} or None
     precision : {"float32", "tf32", "bfloat16"}, optional
         How a GPU multiplies float32.
-    n_epochs : int or None
-        How often the data will pass: for few steps nothing is compiled. None for very often.
+    n_epochs : int
+        How often the data will pass: for few steps nothing is compiled.
+    before : str, optional
+        The engine by which this training began, which is to go on with it if it can.
 
     Returns
     -------
@@ -282,13 +285,20 @@ def make_step(
     if engine is not None and engine not in ENGINES:
         raise ValueError(unknown_name("engine", engine, ENGINES))
     checked_precision(precision, model.dtype)
+    trained = model, loss, optimizer, data
     chosen: list[str] = [engine] if engine else ["fused", "one_pass", "graph", "eager"]
     reasons: list[str] = []
+    if before not in chosen or _limit(before, *trained, precision, before) is not None:
+        before = None
     for name in chosen:
-        pays = engine is not None or _pays(name, model, data, n_epochs)
-        reason = _limit(name, model, loss, optimizer, data, precision, engine) if pays else ""
+        asked = before if name == before else engine
+        pays = asked is not None or _pays(name, model, data, n_epochs)
+        reason = _limit(name, *trained, precision, asked) if pays else ""
+        if reason is None and before not in (None, name):
+            reasons.append(f"not {name}, since the checkpoint was begun by {before}")
+            continue
         if reason is None:
-            step: Step | FusedStep = _made(name, model, loss, optimizer, data, precision)
+            step: Step | FusedStep = _made(name, *trained, precision)
             step.reason = "; ".join([*reasons, *filter(None, [step.reason])])
             return step
         if engine:
@@ -359,11 +369,11 @@ def _graph_limit(model: Model, data: Batches) -> str | None:
     return None
 
 
-def _pays(name: str, model: Model, data: Batches, n_epochs: int | None) -> bool:
+def _pays(name: str, model: Model, data: Batches, n_epochs: int) -> bool:
     """Return whether an engine is worth its start, if it can train the model."""
     if name in ("fused", "graph"):
         least = FUSED_PAYS if name == "fused" else GRAPH_PAYS
-        enough = n_epochs is None or data.n_steps * n_epochs >= least
+        enough = data.n_steps * n_epochs >= least
         # A model of one's own may do more than launch kernels: engine="graph" tries.
         return enough and model.device.kind == "gpu" and type(model) in (Linear, MLP)
     if name == "one_pass":

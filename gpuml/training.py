@@ -24,7 +24,7 @@ from gpuml.batches import (
     StreamedBatches,
 )
 from gpuml.blocking import parse_size
-from gpuml.checkpoints import fingerprint_data, load_checkpoint, save_checkpoint
+from gpuml.checkpoints import fingerprint_data, load_checkpoint, save_checkpoint, saved_facts
 from gpuml.devices import CPU, Array, Device, array_module, blas_threads, device_of, to_host
 from gpuml.errors import DataError, GpumlError
 from gpuml.fused import FusedStep
@@ -205,9 +205,10 @@ def train(
         held_out = None
         if validation_data is not None:
             held_out = _source(model, *validation_data, loss, EVALUATED_ROWS, limit, smaller=True)
-        # A run that may be taken up again for more epochs keeps its engine.
-        often = n_epochs if checkpoint is None else None
-        step = make_step(model, loss, optimizer, data, engine, precision, n_epochs=often)
+        # Taken up again, for more epochs perhaps, a run keeps the engine with which it began.
+        before = None if checkpoint is None else saved_facts(checkpoint).get("engine")
+        options: dict[str, Any] = {"n_epochs": n_epochs, "before": before}
+        step = make_step(model, loss, optimizer, data, engine, precision, **options)
         history = History(
             device=str(model.device),
             engine=step.engine,

@@ -480,16 +480,32 @@ def test_a_finished_run_returns_at_once(device, engine, case, tmp_path, monkeypa
 
 @each(("device", "engine"), [*PLACES, ("gpu", None)])
 def test_more_epochs_go_on(device, engine, tmp_path):
-    """Also by the engine that is chosen, whatever the number of epochs."""
     options = {"engine": engine, "checkpoint": tmp_path / "run.safetensors"}
     for n_epochs in (3, 4, 9):
         run = train("momentum", tmp_path, device, n_epochs=n_epochs, **options)
         assert len(run[1]) == n_epochs
-        # With no checkpoint so short a run chooses the eager engine.
-        own = {"engine": engine} if engine else {"checkpoint": tmp_path / f"{n_epochs}.safetensors"}
-        alone = train("momentum", tmp_path, device, n_epochs=n_epochs, **own)
+        alone = train("momentum", tmp_path, device, n_epochs=n_epochs, engine=engine)
         assert run[1].engine == alone[1].engine
         assert outcome(*run) == outcome(*alone)
+
+
+@pytest.mark.parametrize(("first", "engine"), [(4, "eager"), (80, "fused")])
+def test_the_engine_is_that_of_the_beginning_though_another_pays_now(
+    device, tmp_path, first, engine
+):
+    """On a GPU 4 epochs are too few to compile for, and 90 are enough."""
+    if device.kind == "cpu":
+        pytest.skip("a CPU has no choice here")
+    path = tmp_path / "run.safetensors"
+    runs = [train("momentum", tmp_path, device, n_epochs=first, checkpoint=path)]
+    runs += [train("momentum", tmp_path, device, n_epochs=first)]
+    assert outcome(*runs[0]) == outcome(*runs[1]), "a checkpoint changes nothing"
+    runs += [train("momentum", tmp_path, device, n_epochs=90, checkpoint=path)]
+    assert [history.engine for _, history in runs] == [engine] * 3
+    alone = train("momentum", tmp_path, device, n_epochs=90, engine=engine)
+    assert outcome(*runs[2])["weights"] == outcome(*alone)["weights"]
+    told = any("begun by eager" in note for note in runs[2][1].notes)
+    assert told == (engine == "eager")
 
 
 def writes(monkeypatch):

@@ -147,6 +147,20 @@ def test_one_batch_is_looked_at_to_choose_an_engine(rng, engine):
     assert len(looks) == 1, "of streamed data each look begins to copy"
 
 
+@pytest.mark.parametrize("before", [None, "eager", "one_pass", "fused", "gram", "unknown"])
+def test_what_was_begun_by_an_engine_goes_on_with_it(rng, before):
+    X, Y = problem(rng)
+    model = Linear(6, 2, dtype=np.float64, device="cpu")
+    data = ArrayBatches(X, Y, 300)
+    trained = model, mean_squared_error, GradientDescent(0.05), data
+    usual = make_step(*trained, None)
+    step = make_step(*trained, None, before=before)
+    assert step.engine == (before if before in ("eager", "one_pass") else usual.engine)
+    slower = usual.engine == "one_pass" and before == "eager"
+    assert step.reason == slower * "not one_pass, since the checkpoint was begun by eager"
+    assert make_step(*trained, "gram", before=before).engine == "gram", "what is asked for counts"
+
+
 def test_what_a_step_says_of_itself_is_kept(rng, monkeypatch):
     X, Y = problem(rng)
     found = SimpleNamespace(reason="not graph, since a library does not load")
