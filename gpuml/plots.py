@@ -340,13 +340,9 @@ def roofline(
         axis.loglog(
             intensity, rate, MARKERS[i % len(MARKERS)], color="black", markersize=7, label=name
         )
-    below_corner = min(rates.values()) / bandwidth / 2
-    axis.annotate(
-        f"memory: {bandwidth / 1e9:,.0f} GB/s",
-        (below_corner, bandwidth * below_corner),
-        xytext=(8, -10),
-        textcoords="offset points",
-    )
+    slope = np.array([left, min(rates.values()) / bandwidth])  # where memory is the limit for all
+    memory = f"memory: {bandwidth / 1e9:,.0f} GB/s"
+    axis.loglog(slope, bandwidth * slope, color="gray", linewidth=2.5, label=memory, zorder=1)
     axis.set_xlabel("arithmetic intensity [operations per byte]")
     axis.set_ylabel("rate [operations per second]")
     return _finished(axis, title, outside=True)
