@@ -153,11 +153,17 @@ void mlp_population(const float* X, const void* targets, const int* order, float
     for_each_number([](float& here, float there) { here = there; });
     float* number = numbers + 7LL * model;
     Rates rates = {0, number[0], number[1], number[2], number[3], number[4], number[5], number[6]};
-    auto follow = [&](int i, float gradient, bool decays) {
-        float none = 0;
-        update<OPTIMIZER>(m.parameters[i], gradient, OPTIMIZER > 0 ? m.state[i] : none,
-                          OPTIMIZER > 1 ? m.state[(OPTIMIZER > 1) * STATE + i] : none, decays,
-                          rates);
+    // Two neighbouring parameters at a time: reads and writes of pairs hit all banks.
+    auto follow = [&](int i, float2 gradient, bool decays) {
+        float *p = m.parameters + i, *state = m.state + (OPTIMIZER > 0 ? i : 0), *both = state + STATE;
+        float2 now = pair(p), u = {}, v = {};
+        if (OPTIMIZER > 0) u = pair(state);
+        if (OPTIMIZER > 1) v = pair(both);
+        update<OPTIMIZER>(now.x, gradient.x, u.x, v.x, decays, rates);
+        update<OPTIMIZER>(now.y, gradient.y, u.y, v.y, decays, rates);
+        pair(p) = now;
+        if (OPTIMIZER > 0) pair(state) = u;
+        if (OPTIMIZER > 1) pair(both) = v;
     };
 
     // What a step works on: rows from `begin` on of an epoch's order.
@@ -371,21 +377,20 @@ void mlp_population(const float* X, const void* targets, const int* order, float
             for (int half = 0; half < 2; ++half) {
                 const int r = top + group + 8 * half;
                 bias[half] = over_row(bias[half]);
-                if (left == 0 && member == 0) {
-                    if (r < (input ? HIDDEN : OUTPUTS))
-                        follow((input ? INPUT_BIAS : OUTPUT_BIAS) + r, bias[half], false);
-                    else if (!input && r == OUTPUTS && told)
-                        losses[(long long)step.number * n_models + model] = bias[half];
-                }
+                const float other = __shfl_down_sync(0xffffffff, bias[half], 4);  // of row r + 1
+                if (!input && left == 0 && r == OUTPUTS && member == 0 && told)
+                    losses[(long long)step.number * n_models + model] = bias[half];
                 if (r >= (input ? HIDDEN : OUTPUTS)) continue;
+                if (left == 0 && member == 0 && r % 2 == 0)
+                    follow((input ? INPUT_BIAS : OUTPUT_BIAS) + r,
+                           {bias[half], r + 1 < (input ? HIDDEN : OUTPUTS) ? other : 0}, false);
                 // Where a pair is cut, what is not real has no gradient.
                 const int place = input ? r * BY_FEATURE : OUTPUT_WEIGHT + r * BY_UNIT;
 #pragma unroll
                 for (int j = 0; j < WIDTH; ++j) {
                     const int column = left + 8 * j + 2 * member;
                     if (column >= (input ? FEATURES : HIDDEN)) continue;
-                    follow(place + column, sums(j, 2 * half), true);
-                    follow(place + column + 1, sums(j, 2 * half + 1), true);
+                    follow(place + column, {sums(j, 2 * half), sums(j, 2 * half + 1)}, true);
                 }
             }
         }
