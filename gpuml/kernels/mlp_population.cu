@@ -213,6 +213,7 @@ void mlp_population(const float* X, const void* targets, const int* order, float
     for (; step.epoch < n_epochs; step = next, next = after(next)) {
         const int now = step.number % 2, h = height(step);
         const float *x = s.x[now], *w1 = m.parameters, *w2 = w1 + OUTPUT_WEIGHT;
+        const float of_a_row = 1.f / (CLASSES ? h : h * OUTPUTS);  // its share of the loss
         rates.learning_rate = learning_rates[(long long)step.epoch * n_models + model];
         next_step<OPTIMIZER>(rates);
         wait_for_all_but<0>();
@@ -269,7 +270,7 @@ void mlp_population(const float* X, const void* targets, const int* order, float
             for (int half = 0; half < 2; ++half) {
                 const int sample = r + 8 * half;
                 const bool real = sample < h;
-                const float scale = real ? 1.f / (CLASSES ? h : h * OUTPUTS) : 0;
+                const float scale = real ? of_a_row : 0;
                 const int label = CLASSES ? (int)s.label[now][sample] : 0;
                 float largest = LOWEST, total = 0, loss = 0;
 #pragma unroll
