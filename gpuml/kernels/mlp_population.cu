@@ -7,8 +7,8 @@
 // terms is free. Then the model's warps meet and share the weights' gradient by tiles.
 // Loops are kept where they can be: fetching instructions counts.
 //
-// Launch: a block of 32 * WARPS * MODELS threads for each MODELS models, with SHARED_BYTES of dynamic
-// shared memory. All sums have a fixed order: the same bits each time.
+// Launch: for each MODELS models a block of 32 * WARPS * MODELS threads, with SHARED_BYTES of
+// dynamic shared memory. All sums have a fixed order: the same bits each time.
 // Needs compute capability 8.0.
 
 #ifndef FEATURES  // the sizes are compiled in
@@ -34,8 +34,8 @@
 
 __device__ constexpr int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
-// Length of a line of n numbers in shared memory: an odd number of eights. So a warp's reads hit all
-// banks, both of 8 lines and 4 pairs of columns, and of 4 lines and 8 columns.
+// Length of a line of n numbers in shared memory: an odd number of eights. So a warp's reads hit
+// all banks, both of 8 lines and 4 pairs of columns, and of 4 lines and 8 columns.
 __device__ constexpr int line(int n) { return round_up(n, 8) + (round_up(n, 8) % 16 ? 0 : 8); }
 
 constexpr int MODEL_THREADS = 32 * WARPS, THREADS = MODEL_THREADS * MODELS;
@@ -43,7 +43,8 @@ constexpr int EIGHTS = (HIDDEN + 7) / 8, CHUNKS = (EIGHTS + 3) / 4;
 constexpr int CHUNK = (EIGHTS + CHUNKS - 1) / CHUNKS;  // of hidden units, in eights: up to 4
 constexpr int UNITS = 8 * CHUNK * CHUNKS, DEPTH = round_up(FEATURES, 8);
 constexpr int ROWS = round_up(BATCH, 16), SUMS = round_up(OUTPUTS, 8);
-constexpr int BY_FEATURE = line(FEATURES), BY_UNIT = line(UNITS), BY_OUTPUT = round_up(OUTPUTS + 1, 4);
+constexpr int BY_FEATURE = line(FEATURES), BY_UNIT = line(UNITS);
+constexpr int BY_OUTPUT = round_up(OUTPUTS + 1, 4);
 // Where a model's parameters are. Those that are not real are zero; the optimizer's vectors lack
 // the last of them.
 constexpr int INPUT_BIAS = UNITS * BY_FEATURE, OUTPUT_BIAS = INPUT_BIAS + UNITS;
@@ -155,7 +156,7 @@ void mlp_population(const float* X, const void* targets, const int* order, float
     Rates rates = {0, number[0], number[1], number[2], number[3], number[4], number[5], number[6]};
     // Two neighbouring parameters at a time: reads and writes of pairs hit all banks.
     auto follow = [&](int i, float2 gradient, bool decays) {
-        float *p = m.parameters + i, *state = m.state + (OPTIMIZER > 0 ? i : 0), *both = state + STATE;
+        float *p = m.parameters + i, *state = m.state + i, *both = state + STATE;
         float2 now = pair(p), u = {}, v = {};
         if (OPTIMIZER > 0) u = pair(state);
         if (OPTIMIZER > 1) v = pair(both);
@@ -276,7 +277,8 @@ void mlp_population(const float* X, const void* targets, const int* order, float
 #pragma unroll
                 for (int i = 0; i < SUMS / 4; ++i) {
                     const int k = i / 2 * 8 + where + i % 2, j = 2 * half + i % 2;
-                    d[i / 2][j] = k < OUTPUTS ? predictions(i / 2, j) + w1[OUTPUT_BIAS + k] : LOWEST;
+                    d[i / 2][j] = LOWEST;
+                    if (k < OUTPUTS) d[i / 2][j] = predictions(i / 2, j) + w1[OUTPUT_BIAS + k];
                     largest = fmaxf(largest, d[i / 2][j]);
                 }
                 largest = fmaxf(largest, __shfl_xor_sync(0xffffffff, largest, 1));
@@ -340,8 +342,9 @@ void mlp_population(const float* X, const void* targets, const int* order, float
         }
         meet(own);
 
-        // All parameters follow their gradients. A tile is 16 units by some features, or 16 outputs
-        // by some units; the first tile of a line has the biases, and after the last output the loss.
+        // All parameters follow their gradients. A tile is 16 units by some features, or 16
+        // outputs by some units; the first of a line has the biases, and behind the outputs' the
+        // loss.
         constexpr int COLUMNS = 8 * WIDTH;
         constexpr int ACROSS = (FEATURES + COLUMNS - 1) / COLUMNS;
         constexpr int INPUT_TILES = (HIDDEN + 15) / 16 * ACROSS;
