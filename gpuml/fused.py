@@ -83,6 +83,15 @@ def limit(model: Model, loss: Loss, optimizer: Optimizer, data: Batches) -> str 
     str or None
         A reason for people.
     """
+    reason = general_limit(model, loss, optimizer, data)
+    if reason is not None:
+        return reason
+    plan = plan_for(model.sizes, data.batch_size, loss, optimizer, model.device.index)
+    return plan if isinstance(plan, str) else None
+
+
+def general_limit(model: Model, loss: Loss, optimizer: Optimizer, data: Batches) -> str | None:
+    """Return what forbids every fused kernel, whatever its sizes, or None."""
     if model.device.kind == "cpu":
         return "its kernels are for GPUs"
     if model.device.xp.cuda.runtime.is_hip:
@@ -97,8 +106,7 @@ def limit(model: Model, loss: Loss, optimizer: Optimizer, data: Batches) -> str 
         return "it is for GradientDescent and Adam"
     if not isinstance(data, ArrayBatches):
         return "the data are not on the device as a whole"
-    plan = plan_for(model.sizes, data.batch_size, loss, optimizer, model.device.index)
-    return plan if isinstance(plan, str) else None
+    return None
 
 
 def plan_for(
@@ -164,6 +172,11 @@ def _up(n: int, unit: int) -> int:
     return -(-n // unit) * unit
 
 
+def aligned(a: Array, xp: Any) -> Array:
+    """Return the array, or a copy that kernels can read 16 bytes at a time."""
+    return a if a.flags.c_contiguous and a.data.ptr % 16 == 0 else xp.array(a, order="C")
+
+
 class FusedStep:
     """Trains whole epochs in one launch.
 
@@ -196,10 +209,7 @@ class FusedStep:
         plan = plan_for(model.sizes, data.batch_size, loss, optimizer, model.device.index)
         assert isinstance(plan, Plan)
         self._plan, xp = plan, model.device.xp
-        self._arrays = [
-            a if a.flags.c_contiguous and a.data.ptr % 16 == 0 else xp.array(a, order="C")
-            for a in data.arrays
-        ]
+        self._arrays = [aligned(a, xp) for a in data.arrays]
         self._parameters = model.parameters.flat
         self.state = optimizer.init(model.parameters)
         self._numbers = xp.zeros(len(self.NUMBERS), np.float32)

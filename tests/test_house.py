@@ -28,7 +28,7 @@ FLOORS = [
     | {"metrics", "schedules", "operations", "rounding"},
     {"models", "optimizers", "batches", "history", "blocked"}
     | {"gradients", "regression", "checkpoints"},
-    {"cpu_layers", "one_pass", "fused", "steps", "training"},
+    {"cpu_layers", "one_pass", "fused", "fused_populations", "steps", "training"},
     {"doctor", "recordings", "rivals", "workloads", "peers", "cli", "__main__"},
 ]
 # On one floor, a module may use those to its left.
@@ -41,7 +41,7 @@ NEIGHBOURS += [
 ]
 NEIGHBOURS += [("model_files", "timing"), ("plots", "timing"), ("models", "optimizers")]
 NEIGHBOURS += [("one_pass", "steps"), ("fused", "steps"), ("fused", "training")]
-NEIGHBOURS += [("steps", "training")]
+NEIGHBOURS += [("steps", "training"), ("fused", "fused_populations")]
 NEIGHBOURS += [("cpu_layers", "steps")]
 NEIGHBOURS += [("models", "gradients"), ("models", "regression")]
 NEIGHBOURS += [("doctor", "cli"), ("recordings", "cli"), ("cli", "__main__")]

@@ -31,6 +31,7 @@ and warns of eight pairs where one block trains alone: rows copied before the fi
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import numpy as np
@@ -39,6 +40,9 @@ from kernels import check, notebook_kernels
 import gpuml
 from gpuml import kernels, one_pass
 from gpuml.devices import Device
+from gpuml.fused_populations import FusedPopulation, plan_population
+from gpuml.losses import mean_squared_error, softmax_cross_entropy
+from gpuml.models import Parameters
 
 
 def small_products(device: Device) -> None:
@@ -105,6 +109,54 @@ def perceptrons(device: Device) -> None:
                 assert np.linalg.norm(a - b) < 1e-4 * np.linalg.norm(b)
 
 
+def populations(device: Device) -> None:
+    """Many perceptrons in one launch: several in a block, the last block not full."""
+    rng = np.random.default_rng(0)
+    for sizes, batch_size, models in (
+        ([64, 32, 10], 64, 2),
+        ([13, 50, 3], 20, 2),
+        ([5, 3, 2], 7, 3),
+    ):
+        X = rng.normal(size=(2 * batch_size + 3, sizes[0])).astype(np.float32)
+        y = rng.integers(sizes[-1], size=len(X))
+        targets = rng.normal(size=(len(X), sizes[-1])).astype(np.float32)
+        for optimizer, loss, own in itertools.product(
+            (gpuml.GradientDescent(0.05, momentum=0.9), gpuml.Adam()),
+            (softmax_cross_entropy, mean_squared_error),
+            (False, True),
+        ):
+            answers = y if loss is softmax_cross_entropy else targets
+            alone = [gpuml.MLP(sizes, seed=i, device="cpu") for i in range(models + 1)]
+            flat = device.asarray(np.stack([model.parameters.flat for model in alone]))
+            state = optimizer.init(Parameters(flat, alone[0].parameters.shapes))
+            n_states = 2 if "m" in state else 1
+            plan = plan_population(
+                sizes,
+                batch_size,
+                loss,
+                n_states,
+                len(alone),
+                own_order=own,
+                models=None if own else models,
+                device=device.index,
+            )
+            assert not isinstance(plan, str), plan
+            arrays = device.asarray(X), device.asarray(answers)
+            population = FusedPopulation(
+                sizes, batch_size, loss, flat, state, *arrays, own_order=own, plan=plan
+            )
+            order = np.tile(np.arange(len(X), dtype=np.int32), (2, 1))
+            order = np.tile(order, (len(alone), 1, 1)) if own else order
+            rates = device.xp.full((2, len(alone)), optimizer.learning_rate, np.float32)
+            losses = device.xp.zeros((2, 3, len(alone)), np.float32)
+            population.launch(device.asarray(order), rates, losses)
+            for model, weights in zip(alone, gpuml.to_host(flat), strict=True):
+                options = {"batch_size": batch_size, "n_epochs": 2, "shuffle": False}
+                gpuml.train(model, X, answers, optimizer=optimizer, **options)
+                expected = model.parameters.flat
+                assert np.linalg.norm(weights - expected) < 1e-4 * np.linalg.norm(expected)
+
+
 def layers(device: Device) -> None:
     """What is between products, by the eager engine, in both precisions of storage."""
     rng = np.random.default_rng(0)
@@ -120,6 +172,7 @@ def main() -> None:
     if "--training" in sys.argv:
         device.xp.cuda.set_allocator(None)
         perceptrons(device)
+        populations(device)
         layers(device)
         device.synchronize()
         print("all kernels of training ran, and are right")
@@ -150,6 +203,7 @@ def main() -> None:
             assert error < 1e-6, (name, shape, error)
         small_products(device)
         perceptrons(device)
+        populations(device)
         layers(device)
         linear_gradients(device)
         blocked_products()
