@@ -766,17 +766,24 @@ def predict(model: Model, X: Array) -> Array:
 
 def _evaluate(model: Model, data: Batches, loss: Loss) -> dict[str, float]:
     """Add up loss and score on the device, batch by batch, and read them once."""
-    total, hits, squares = 0.0, 0, _Squares()
+    return {name: float(value) for name, value in _measured(model, data, loss).items()}
+
+
+def _measured(model: Model, data: Batches, loss: Loss) -> dict[str, Any]:
+    """Return the loss and the score on the host: for many models at once an array of each."""
+    total: Any = 0.0
+    hits: Any = 0
+    squares = _Squares()
     for x, targets in data.epoch(None):
         predictions = model(x)
         total = total + loss(predictions, targets)[0] * len(x)
         if loss is softmax_cross_entropy:
-            hits = hits + (predictions.argmax(axis=-1) == targets).sum()
+            hits = hits + (predictions.argmax(axis=-1) == targets).sum(axis=-1)
         elif loss is mean_squared_error:
             squares.add(predictions, targets)
-    measured = {"loss": float(total) / data.n_samples}
+    measured = {"loss": np.asarray(to_host(total), np.float64) / data.n_samples}
     if loss is softmax_cross_entropy:
-        measured["accuracy"] = float(hits) / data.n_samples
+        measured["accuracy"] = to_host(hits) / data.n_samples
     elif loss is mean_squared_error:
         measured["r2"] = squares.r2()
     return measured
@@ -804,15 +811,15 @@ class _Squares:
         )
         self.mean = self.mean + apart * (n / (self.n + n))
         self.n += n
-        self.residual = self.residual + xp.square(predictions - targets).sum(axis=0)
+        self.residual = self.residual + xp.square(predictions - targets).sum(axis=-2)
 
-    def r2(self) -> float:
+    def r2(self) -> Any:
         """Return 1 - residual / total, averaged over the outputs; as metrics.r2_score."""
         total, residual = (np.atleast_1d(to_host(a)) for a in (self.total, self.residual))
         with np.errstate(divide="ignore", invalid="ignore"):
             scores = 1 - residual / total
         scores = np.where(total > 0, scores, np.where(residual > 0, 0.0, 1.0))
-        return float(scores.mean())
+        return scores.mean(axis=-1)
 
 
 def _not_finite(losses: np.ndarray[Any, Any]) -> _NotFiniteError:
