@@ -100,14 +100,14 @@ class Results:
     engine: str = ""
 
     def __post_init__(self) -> None:
+        self.columns["loss"] = np.full((self.n_epochs, len(self.flat)), np.nan)
         self.epochs = np.zeros(len(self.flat), int)
         self.diverged = np.zeros(len(self.flat), bool)
 
     def write(self, epoch: int, members: Any, rows: dict[str, np.ndarray[Any, Any]]) -> None:
         """Write the numbers of some models for an epoch, counted from 0."""
         for name, values in rows.items():
-            shape = self.n_epochs, len(self.flat)
-            table = self.columns.setdefault(name, np.full(shape, np.nan))
+            table = self.columns.setdefault(name, np.full_like(self.columns["loss"], np.nan))
             table[epoch, members] = values
 
     def note(self, text: str) -> None:
@@ -372,8 +372,10 @@ class Run:
 
     def keep(self, chosen: Any) -> None:
         """Train only some of the models from now on, given by their columns in the results."""
-        rows = np.flatnonzero(np.isin(self.members, chosen))
         standing = self._standing
+        rows = np.flatnonzero(np.isin(standing.members, chosen))
+        if len(rows) == len(standing.members):
+            return
         self._standing = _Standing(standing.members[rows], standing.weights[rows], standing.epoch)
         self._divide(self.crew().take(rows))
 
@@ -401,7 +403,7 @@ class Run:
             rows |= self._measure(task.held_out)
             fine &= np.isfinite(rows["validation_loss"])
         self._note(fine, rows)
-        best = {name: float(np.nanmin(v)) for name, v in rows.items() if name.endswith("loss")}
+        best = {n: float(np.fmin.reduce(v)) for n, v in rows.items() if n.endswith("loss")}
         bar.show_epoch({"epoch": standing.epoch + 1} | best)
 
     def _steps(self, bar: _ProgressBar) -> None:
