@@ -20,6 +20,8 @@ LINE = 128  # bytes: four sectors, a cache line
 
 WHITE_EDGE: dict[str, Any] = {"edgecolor": "white", "linewidth": 0.3}
 
+FAR = 100  # times the median: losses of models that are about to diverge
+
 MOST_WRITTEN = 30  # classes of a confusion matrix whose counts can be read
 
 
@@ -518,7 +520,8 @@ def distribution(values: Any, quantity: str, title: str, axis: Any = None) -> An
     Parameters
     ----------
     values : array of float, shape (n_models,)
-        NaN for models that diverged; they are counted in the label of the axis.
+        NaN for models that diverged; the label of the axis counts them, and losses far above
+        the others'.
     quantity : str
         What the numbers are, such as ``"validation_loss"``. Losses have a logarithmic axis if
         they differ by more than a factor of ten.
@@ -536,25 +539,25 @@ def distribution(values: Any, quantity: str, title: str, axis: Any = None) -> An
     ValueError
         If no number is finite.
     """
-    values = np.asarray(values, float)
+    values, is_loss = np.asarray(values, float), quantity.endswith("loss")
     finite = values[np.isfinite(values)]
     if not len(finite):
         raise ValueError("no model has a finite number to draw")
     axis = _axis(axis)
-    is_loss = quantity.endswith("loss")
-    low, high = float(finite.min()), float(finite.max())
+    best, median = float(finite.min() if is_loss else finite.max()), float(np.median(finite))
+    shown = finite[~_far(finite, is_loss)]
+    low, high = float(shown.min()), float(shown.max())
     n_bins = int(np.clip(2 * np.sqrt(len(finite)), 8, 40))
     bins = np.linspace(low, high if high > low else low + 1e-9, n_bins + 1)
     if is_loss and low > 0 and high > 10 * low:
         axis.set_xscale("log")
         bins = np.geomspace(low, high, n_bins + 1)
-    axis.hist(finite, bins, color=COLORS[0], **WHITE_EDGE)
-    best = low if is_loss else high
+    axis.hist(shown, bins, color=COLORS[0], **WHITE_EDGE)
     axis.axvline(best, color=COLORS[1], label=f"best: {best:.4g}")
-    median = float(np.median(finite))
     axis.axvline(median, color="black", linestyle="--", label=f"median: {median:.4g}")
-    lost = len(values) - len(finite)
-    axis.set_xlabel(_words(quantity) + (f"; {lost} diverged, not shown" if lost else ""))
+    left_out = {"diverged": len(values) - len(finite), "far above": len(finite) - len(shown)}
+    said = ", ".join(f"{n} {what}" for what, n in left_out.items() if n)
+    axis.set_xlabel(_words(quantity) + (f"; not shown: {said}" if said else ""))
     axis.set_ylabel("models")
     axis.yaxis.get_major_locator().set_params(integer=True)
     return _finished(axis, title)
@@ -570,7 +573,8 @@ def loss_by_learning_rate(
     rates : array of float, shape (n_models,)
         Positive; on a logarithmic axis.
     values : array of float, shape (n_models,)
-        Not finite for models that diverged: crosses at the upper edge.
+        Not finite for models that diverged: crosses at the edge. Losses far above the others'
+        are triangles there.
     quantity : str
         What the numbers are, such as ``"validation_loss"``.
     title : str
@@ -590,29 +594,30 @@ def loss_by_learning_rate(
     rates, values = np.asarray(rates, float), np.asarray(values, float)
     if rates.shape != values.shape or rates.ndim != 1:
         raise ValueError(f"{rates.shape} rates and {values.shape} numbers: expected one for one")
-    fine = np.isfinite(values)
+    fine, is_loss = np.isfinite(values), quantity.endswith("loss")
     if not fine.any():
         raise ValueError("no model has a finite number to draw")
     axis = _axis(axis)
-    is_loss = quantity.endswith("loss")
     axis.set_xscale("log")
-    axis.scatter(rates[fine], values[fine], s=18, color=COLORS[0], alpha=0.7, linewidths=0)
-    i = int(
-        (np.argmin if is_loss else np.argmax)(
-            np.where(fine, values, np.inf if is_loss else -np.inf)
-        )
-    )
+    i = int(np.nanargmin(np.where(fine, values if is_loss else -values, np.nan)))
+    far = fine & _far(values, is_loss)
+    near = fine & ~far
+    axis.scatter(rates[near], values[near], s=18, color=COLORS[0], alpha=0.7, linewidths=0)
     label = f"best: {values[i]:.4g} at {rates[i]:.3g}"
     axis.scatter(rates[i], values[i], s=110, marker="*", color=COLORS[1], label=label, zorder=3)
-    if is_loss and values[fine].min() > 0:
+    if is_loss and values[near].min() > 0:
         axis.set_yscale("log")
-    if not fine.all():
-        n = int((~fine).sum())
-        edge = axis.get_xaxis_transform()  # rates, and a height from 0 to 1
-        where = np.full(n, 0.97 if is_loss else 0.03)
-        axis.scatter(
-            rates[~fine], where, marker="x", color="black", transform=edge, label=f"{n} diverged"
-        )
+    edge = axis.get_xaxis_transform()  # rates, and a height from 0 to 1
+    height = 0.97 if is_loss else 0.03
+    for chosen, marker, color, what in (
+        (far, "^", COLORS[0], "far above"),
+        (~fine, "x", "black", "diverged"),
+    ):
+        n = int(chosen.sum())
+        if n:
+            style = {"s": 22, "marker": marker, "color": color, "linewidths": 1}
+            heights = np.full(n, height)
+            axis.scatter(rates[chosen], heights, transform=edge, label=f"{n} {what}", **style)
     axis.set_xlabel("learning rate")
     axis.set_ylabel(_words(quantity))
     return _finished(axis, title)
@@ -654,7 +659,8 @@ def loss_surface(
     ValueError
         If the shapes do not fit.
     """
-    from matplotlib.colors import LogNorm
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap, LogNorm
 
     first, second, losses, paths = (np.asarray(a, float) for a in (first, second, losses, paths))
     if losses.shape != (len(second), len(first)) or paths.ndim != 3 or paths.shape[-1] != 2:
@@ -667,11 +673,11 @@ def loss_surface(
     scale: dict[str, Any] = {"levels": np.linspace(low, high, 25)}
     if low > 0 and high > 30 * low:
         scale = {"levels": np.geomspace(low, high, 25), "norm": LogNorm(low, high)}
-    image = axis.contourf(first, second, losses, cmap="Greys", alpha=0.85, **scale)
-    axis.contour(first, second, losses, colors="0.45", linewidths=0.5, **scale)
+    light = ListedColormap(colormaps["Greys"](np.linspace(0, 0.6, 256)))  # paths stand out
+    image = axis.contourf(first, second, losses, cmap=light, **scale)
+    axis.contour(first, second, losses, colors="0.45", linewidths=0.5, levels=scale["levels"])
     bar = axis.figure.colorbar(image, ax=axis, label="loss")
-    if "norm" in scale:
-        bar.ax.yaxis.set_major_formatter(_plain_numbers)
+    bar.ax.yaxis.set_major_formatter(_two_digits)
     few = paths.shape[1] <= len(COLORS)
     for i in range(paths.shape[1]):
         path = paths[:, i]
@@ -688,7 +694,12 @@ def loss_surface(
     return axis.figure
 
 
-def _plain_numbers(value: float, _: int) -> str:
+def _far(values: Any, is_loss: bool) -> Any:
+    """Return which losses lie so far above their median that a picture would show only them."""
+    return (values > FAR * np.nanmedian(np.abs(values))) if is_loss else np.zeros(len(values), bool)
+
+
+def _two_digits(value: float, _: int) -> str:
     return f"{value:.2g}"
 
 
