@@ -11,7 +11,7 @@ import copy
 import itertools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -366,9 +366,9 @@ class Run:
                 while len(self.members) and self.epoch < n_epochs:
                     self._one_epoch(bar)
             finally:
-                self._stopped, self._pool = True, None
+                self._stopped = True  # threads that are under way take no further step
                 self._finish()
-            self._stopped = False
+        self._stopped, self._pool = False, None
 
     def keep(self, chosen: Any) -> None:
         """Train only some of the models from now on, given by their columns in the results."""
@@ -456,14 +456,11 @@ class Run:
         """Return what a function says of each group, asked by the threads."""
         if self._pool is None:
             return [function(group) for group in self._groups]
-        futures: list[Future[Any]] = []
-        try:
-            futures += [self._pool.submit(function, group) for group in self._groups]
-            return [future.result() for future in futures]
-        except BaseException:
-            self._stopped = True
-            wait(futures)
-            raise
+        futures = [self._pool.submit(function, group) for group in self._groups]
+        done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        for future in done:
+            future.result()  # raises at once what a thread raised, while others are under way
+        return [future.result() for future in futures]
 
     def _is_stopped(self) -> bool:
         return self._stopped

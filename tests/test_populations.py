@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -413,6 +414,18 @@ def test_where_memory_runs_out_smaller_parts_are_tried(monkeypatch, device, rng)
         gpuml.train_population(model, X, y, n_models=3, n_epochs=1, validation_data=(X, y))
 
 
+def test_nothing_is_left_of_a_part_that_is_begun_again():
+    results = population_runs.Results(np.zeros((3, 2)), 2)
+    for name in ("loss", "validation_loss"):
+        results.write(0, np.arange(3), {name: np.ones(3)})
+    results.epochs[:], results.diverged[:] = 1, True
+    results.forget(np.array([0, 2]))
+    for values in results.columns.values():
+        np.testing.assert_array_equal(values, [[np.nan, 1, np.nan], [np.nan] * 3])
+    assert results.epochs.tolist() == [0, 1, 0]
+    assert results.diverged.tolist() == [False, True, False]
+
+
 def test_a_limit_below_one_model_is_refused(device, rng):
     X, y = table(rng, device)
     with pytest.raises(gpuml.DeviceMemoryError, match=r"a model takes about .* raise memory_limit"):
@@ -748,11 +761,13 @@ def test_an_interruption_keeps_the_finished_epochs(device, rng, epoch):
         assert population.ranking()["epochs"] == [0, 0, 0]
 
 
+@pytest.mark.parametrize("least", [1, 2**40])
 @pytest.mark.parametrize("place", ["write", "step"])
-def test_an_interruption_anywhere_leaves_whole_epochs(monkeypatch, rng, place):
+def test_an_interruption_anywhere_leaves_whole_epochs(monkeypatch, rng, place, least):
     X, y = table(rng, CPU)
     model = gpuml.MLP(SIZES, device="cpu")
-    monkeypatch.setattr(population_runs, "LEAST_NUMBERS", 1)  # two threads
+    monkeypatch.setattr(population_runs, "cpu_count", lambda: 2)
+    monkeypatch.setattr(population_runs, "LEAST_NUMBERS", least)  # two threads, or none
     whole = gpuml.train_population(model, X, y, n_models=4, n_epochs=1, batch_size=16)
     calls = []
     where = population_runs.Results if place == "write" else population_runs.Group
@@ -762,7 +777,8 @@ def test_an_interruption_anywhere_leaves_whole_epochs(monkeypatch, rng, place):
     def interrupted(self, *arguments):
         calls.append(threading.current_thread())
         result = original(self, *arguments)
-        if len(calls) == (2 if place == "write" else 15):
+        # In the second epoch, of five steps by each group.
+        if len(calls) == (2 if place == "write" else 15 if least == 1 else 8):
             raise KeyboardInterrupt
         return result
 
@@ -775,6 +791,27 @@ def test_an_interruption_anywhere_leaves_whole_epochs(monkeypatch, rng, place):
         population.parameters.flat, whole.parameters.flat, rtol=1e-5, atol=1e-6
     )
     assert np.isnan(population.columns["loss"][1:]).all()
+
+
+def test_after_an_interruption_threads_take_no_further_step(monkeypatch, rng):
+    X, y = table(rng, CPU)
+    monkeypatch.setattr(population_runs, "cpu_count", lambda: 2)
+    monkeypatch.setattr(population_runs, "LEAST_NUMBERS", 1)
+    calls = []
+    original = population_runs.Group._checked
+
+    def slow(self, value):
+        calls.append(time.sleep(0.002))
+        if len(calls) == 10:
+            raise KeyboardInterrupt
+        return original(self, value)
+
+    monkeypatch.setattr(population_runs.Group, "_checked", slow)
+    with pytest.raises(gpuml.PopulationInterrupted):
+        gpuml.train_population(
+            gpuml.MLP(SIZES, device="cpu"), X, y, n_models=2, n_epochs=1, batch_size=1
+        )
+    assert len(calls) < 40  # of 77 in each thread
 
 
 # --- wrong inputs ------------------------------------------------------------------------------
