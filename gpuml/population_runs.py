@@ -26,8 +26,8 @@ from gpuml.losses import Loss
 from gpuml.models import Model, Parameters
 from gpuml.optimizers import Optimizer, State
 from gpuml.schedules import Schedule, factor_of
-from gpuml.steps import GRAPH_PAYS, EagerStep, GraphStep, _graph_limit, set_learning_rate
-from gpuml.training import EVALUATED_ROWS, _largest_product, _measured, _ProgressBar
+from gpuml.steps import GRAPH_PAYS, EagerStep, GraphStep, graph_limit, set_learning_rate
+from gpuml.training import EVALUATED_ROWS, ProgressBar, largest_product, measured_on
 
 PopulationEngine: TypeAlias = Literal["batched", "graph", "fused"]
 POPULATION_ENGINES = ("batched", "graph", "fused")
@@ -153,7 +153,7 @@ def _limit(engine: str, model: Model, data: Batches) -> str | None:
         if model.device.kind == "cpu":
             return "its kernels are for GPUs"
         return "there is no kernel yet that holds a model in each block"
-    return _graph_limit(model, data) if engine == "graph" else None
+    return graph_limit(model, data) if engine == "graph" else None
 
 
 def stack(model: Model, flat: Array) -> Model:
@@ -350,14 +350,14 @@ class Run:
         """Return the models with all they need to go on."""
         return Crew.joined([group.crew for group in self._groups], self._xp)
 
-    def train(self, n_epochs: int, bar: _ProgressBar) -> None:
+    def train(self, n_epochs: int, bar: ProgressBar) -> None:
         """Train until so many epochs have ended, counted from the very first, or no model is left.
 
         Whatever interrupts it, the results hold the last epoch that ended.
         """
         task = self._task
         n_threads = min(len(self._groups), _n_threads())
-        product = _largest_product(task.model, task.data.batch_size)
+        product = largest_product(task.model, task.data.batch_size)
         with ExitStack() as context:
             context.enter_context(blas_threads(0 if n_threads > 1 else product))
             if n_threads > 1:
@@ -388,7 +388,7 @@ class Run:
             parts = [slice(a, b) for a, b in itertools.pairwise(bounds.tolist())]
             self._groups = [Group(self._task, crew.take(part)) for part in parts]
 
-    def _one_epoch(self, bar: _ProgressBar) -> None:
+    def _one_epoch(self, bar: ProgressBar) -> None:
         task, standing = self._task, self._standing
         if task.schedule is not None:
             factor = factor_of(task.schedule, standing.epoch, task.n_epochs)
@@ -406,7 +406,7 @@ class Run:
         best = {n: float(np.fmin.reduce(v)) for n, v in rows.items() if n.endswith("loss")}
         bar.show_epoch({"epoch": standing.epoch + 1} | best)
 
-    def _steps(self, bar: _ProgressBar) -> None:
+    def _steps(self, bar: ProgressBar) -> None:
         """Take the steps of an epoch with all groups."""
         data = self._task.data
         if self._task.own_orders:
@@ -443,7 +443,7 @@ class Run:
 
         def measured(group: Group) -> dict[str, Any]:
             with np.errstate(all="ignore"):
-                return _measured(group.model, held_out, self._task.loss)
+                return measured_on(group.model, held_out, self._task.loss)
 
         apart = isinstance(held_out, ArrayBatches)  # others cannot be read by two threads
         found = self._each(measured) if apart else list(map(measured, self._groups))
@@ -601,7 +601,7 @@ def train_in_parts(
     while parts:
         part = parts.popleft()
         try:
-            with _ProgressBar(progress, task.n_epochs, task.data.n_steps, 0) as bar:
+            with ProgressBar(progress, task.n_epochs, task.data.n_steps, 0) as bar:
                 Run(task, results, begin(part), epoch=0).train(task.n_epochs, bar)
             continue
         except MemoryError as error:

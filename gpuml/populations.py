@@ -23,7 +23,7 @@ from gpuml.batches import ArrayBatches
 from gpuml.blocking import parse_size, size_text
 from gpuml.devices import CPU, Array, array_module, blas_threads, device_of, to_host
 from gpuml.errors import DeviceMemoryError, unknown_name
-from gpuml.history import SCORES, SHOWN_ROWS, History, _aligned, _html_table, _text
+from gpuml.history import SCORES, SHOWN_ROWS, History, aligned, html_table, number_text
 from gpuml.losses import Loss, get_loss, softmax_cross_entropy
 from gpuml.model_files import replacing
 from gpuml.models import MLP, Linear, Model, Parameters
@@ -43,17 +43,17 @@ from gpuml.population_runs import (
 from gpuml.schedules import Schedule, get_schedule
 from gpuml.training import (
     DivergenceError,
+    ProgressBar,
     TrainingInterrupted,
-    _cause_in_data,
-    _check_model,
-    _check_numbers,
-    _is_pair,
-    _largest_product,
-    _measured,
-    _positive_integer,
-    _ProgressBar,
-    _source,
-    _usual_loss,
+    cause_in_data,
+    check_model,
+    check_numbers,
+    is_pair,
+    largest_product,
+    measured_on,
+    positive_integer,
+    source_of,
+    usual_loss,
 )
 
 # Paths that take more bytes than this are refused: they are for pictures.
@@ -195,7 +195,7 @@ def train_population(
         engine=engine,
     )
     plan.set_models(
-        _positive_integer("n_models", n_models),
+        positive_integer("n_models", n_models),
         seeds=seeds,
         starts=starts,
         learning_rates=learning_rates,
@@ -299,7 +299,7 @@ def successive_halving(
     >>> sorted(found.epochs.tolist())
     [4, 4, 8, 8]
     """
-    n_epochs, factor = _positive_integer("n_epochs", n_epochs), _positive_integer("factor", factor)
+    n_epochs, factor = positive_integer("n_epochs", n_epochs), positive_integer("factor", factor)
     if factor < 2:
         raise ValueError(f"factor must be at least 2, got {factor}")
     plan = _Plan(
@@ -319,7 +319,7 @@ def successive_halving(
     )
     if n_models is None:
         n_models = _number_of_settings(parameters)
-    n_models = _positive_integer("n_models", n_models)
+    n_models = positive_integer("n_models", n_models)
     sizes, ends = _stages(n_models, n_epochs, factor)
     n_tried = n_models + refill * sum(n_models - -(-n_models // factor) for _ in ends[1:])
     plan.set_models(n_tried, **_columns_of(_drawn(parameters, n_tried, seed)))
@@ -361,7 +361,7 @@ def _halve(
 
     def trained(members: Any, end: int) -> Run:
         run = Run(task, results, plan.begin(members))
-        with _ProgressBar(progress, end, task.data.n_steps, 0) as bar:
+        with ProgressBar(progress, end, task.data.n_steps, 0) as bar:
             run.train(end, bar)
         return run
 
@@ -384,7 +384,7 @@ def _halve(
             break
         crew = Crew.joined(crews, task.model.device.xp)
         run = Run(task, results, crew, epoch=begin, generator=run.generator)
-        with _ProgressBar(progress, end, task.data.n_steps, begin) as bar:
+        with ProgressBar(progress, end, task.data.n_steps, begin) as bar:
             run.train(end, bar)
 
 
@@ -607,12 +607,12 @@ class Population:
 
     def _outputs(self, X: Array, parameters: Parameters) -> Iterator[Array]:
         """Yield outputs of shape (n_models, rows, n_outputs) on the device, chunk by chunk."""
-        _check_numbers("X", X)
+        check_numbers("X", X)
         if X.ndim != 2 or 0 in X.shape:
             raise ValueError(f"X has shape {X.shape}, expected (n_samples, n_features), not empty")
         model = stack(self._model, parameters.flat)
         rows = evaluated_rows(len(parameters.flat))
-        with model.device.use(), blas_threads(_largest_product(model, rows)):
+        with model.device.use(), blas_threads(largest_product(model, rows)):
             for first in range(0, len(X), rows):
                 yield model(model.device.asarray(X[first : first + rows], model.dtype))
 
@@ -632,7 +632,7 @@ class Population:
             If there are not so many models that did not diverge.
         """
         good = [i for i in self.order(by) if not self.diverged[i] and self.epochs[i]]
-        n = len(good) if k is None else _positive_integer("k", k)
+        n = len(good) if k is None else positive_integer("k", k)
         if not 1 <= n <= len(good):
             raise ValueError(f"{n} models are wanted, and {len(good)} did not diverge")
         return Ensemble(self, good[:n])
@@ -756,19 +756,19 @@ class Ranking:
 
     def _cells(self) -> list[list[str]]:
         """Return header and rows as text; of many rows the first and the last."""
-        rows = [list(map(_text, row)) for row in zip(*self.columns.values(), strict=True)]
+        rows = [list(map(number_text, row)) for row in zip(*self.columns.values(), strict=True)]
         if len(rows) > SHOWN_ROWS:
             gap = ["⋮"] * len(self.columns)
             rows = [*rows[: SHOWN_ROWS - 3], gap, *rows[-2:]]
         return [list(self.columns), *rows]
 
     def __str__(self) -> str:
-        return "\n".join([_aligned(self._cells()), *self._below])
+        return "\n".join([aligned(self._cells()), *self._below])
 
     __repr__ = __str__
 
     def _repr_html_(self) -> str:
-        return _html_table(self._cells(), self._below)
+        return html_table(self._cells(), self._below)
 
 
 class Ensemble:
@@ -862,11 +862,11 @@ class _Plan:
         memory_limit: int | str | None,
         engine: str | None,
     ) -> None:
-        _check_model(model)
-        self.n_epochs = _positive_integer("n_epochs", n_epochs)
+        check_model(model)
+        self.n_epochs = positive_integer("n_epochs", n_epochs)
         if batch_size is not None:
-            batch_size = _positive_integer("batch_size", batch_size)
-        if validation_data is not None and not _is_pair(validation_data):
+            batch_size = positive_integer("batch_size", batch_size)
+        if validation_data is not None and not is_pair(validation_data):
             raise ValueError("validation_data must be a pair: (X, y)")
         if not (shuffle in (True, False) or shuffle == "each"):
             raise ValueError(f"shuffle must be True, False or 'each', got {shuffle!r}")
@@ -885,7 +885,7 @@ class _Plan:
         self._validation_data, self._engine = validation_data, engine
         self._shuffle, self._seed = shuffle, seed
         self._schedule = None if schedule is None else get_schedule(schedule)
-        self.loss = get_loss(loss or _usual_loss(X, y))
+        self.loss = get_loss(loss or usual_loss(X, y))
         self.n_models = 0
         self.settings: dict[str, np.ndarray[Any, Any]] = {}
         self.starts: Array | None = None
@@ -957,12 +957,12 @@ class _Plan:
     def _make_task(self) -> Task:
         model, loss, limit = self.model, self.loss, self._for_data
         X, y = self.named["X"], self.named["y"]
-        data = _source(model, X, y, loss, self._batch_size, limit)
+        data = source_of(model, X, y, loss, self._batch_size, limit)
         held_out = None
         if self._validation_data is not None:
             rows = evaluated_rows(self.n_models)
             x, t = self._validation_data
-            held_out = _source(model, x, t, loss, rows, limit, smaller=True)
+            held_out = source_of(model, x, t, loss, rows, limit, smaller=True)
         if self._shuffle == "each" and not isinstance(data, ArrayBatches):
             raise ValueError(
                 "shuffle='each' needs X and y as arrays that the device holds as a whole; "
@@ -1077,7 +1077,7 @@ class _Plan:
 
     def _say_why(self, population: Population) -> None:
         """Raise an error that says why no model is left."""
-        cause = _cause_in_data(self.named, self.model.dtype)
+        cause = cause_in_data(self.named, self.model.dtype)
         if cause:
             cause = f", since {cause}"
         else:
@@ -1148,6 +1148,6 @@ def _surface(
     grid = np.stack(np.meshgrid(first, second), axis=-1).reshape(-1, 2)
     flat = model.device.asarray(grid, model.dtype)
     with model.device.use(), np.errstate(all="ignore"):
-        data = _source(model, X, y, loss, evaluated_rows(len(grid)), None, smaller=True)
-        losses = _measured(stack(model, flat), data, loss)["loss"]
+        data = source_of(model, X, y, loss, evaluated_rows(len(grid)), None, smaller=True)
+        losses = measured_on(stack(model, flat), data, loss)["loss"]
     return first, second, losses.reshape(len(second), len(first))

@@ -345,11 +345,12 @@ def _limit(
         reason = one_pass.limit(model, x)
         return "" if reason is None and not asked and not one_pass.pays(model, x) else reason
     if name == "graph":
-        return _graph_limit(model, data)
+        return graph_limit(model, data)
     return None
 
 
-def _graph_limit(model: Model, data: Batches) -> str | None:
+def graph_limit(model: Model, data: Batches) -> str | None:
+    """Return why a step cannot be captured as a CUDA graph, or None if it can be tried."""
     if model.device.kind == "cpu":
         return "graphs are for GPUs"
     if model.device.xp.cuda.runtime.is_hip:

@@ -387,14 +387,14 @@ def test_where_memory_runs_out_smaller_parts_are_tried(monkeypatch, device, rng)
     X, y = table(rng, device)
     model = gpuml.MLP(SIZES, device=device)
     whole = gpuml.train_population(model, X, y, n_models=7, n_epochs=3, validation_data=(X, y))
-    measured = population_runs._measured
+    measured = population_runs.measured_on
 
     def scarce(many, data, loss):
         if len(many.parameters.flat) > 2:
             raise MemoryError
         return measured(many, data, loss)
 
-    monkeypatch.setattr(population_runs, "_measured", scarce)
+    monkeypatch.setattr(population_runs, "measured_on", scarce)
     parts = gpuml.train_population(model, X, y, n_models=7, n_epochs=3, validation_data=(X, y))
     assert parts.notes == [
         "out of memory with 7 models at once, so trained 4 at a time",
@@ -409,7 +409,7 @@ def test_where_memory_runs_out_smaller_parts_are_tried(monkeypatch, device, rng)
     def none(*_):
         raise MemoryError
 
-    monkeypatch.setattr(population_runs, "_measured", none)
+    monkeypatch.setattr(population_runs, "measured_on", none)
     with pytest.raises(gpuml.DeviceMemoryError, match=r"does not hold one model of 131 param"):
         gpuml.train_population(model, X, y, n_models=3, n_epochs=1, validation_data=(X, y))
 
@@ -1092,8 +1092,8 @@ def test_the_shared_measures_take_many_models(device, rng):
         template = gpuml.MLP(SIZES, device=device)
         starts = rng.standard_normal((3, template.n_parameters)).astype("f")
         many = stack(template, device.asarray(starts))
-        data = training._source(template, X, y, loss, 20, None)
-        found = training._measured(many, data, loss)
+        data = training.source_of(template, X, y, loss, 20, None)
+        found = training.measured_on(many, data, loss)
         for i in range(3):
             template.parameters.flat[...] = device.asarray(starts[i])
             for name, value in gpuml.evaluate(template, X, y).items():
