@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -101,6 +102,11 @@ class Results:
 
     def __post_init__(self) -> None:
         self.columns["loss"] = np.full((self.n_epochs, len(self.flat)), np.nan)
+        self.seconds = np.full_like(
+            self.columns["loss"], np.nan
+        )  # from the start to each epoch's end
+        self.factors = np.full(self.n_epochs, np.nan)  # of the learning rates, by a schedule
+        self.begin = time.perf_counter()
         self.epochs = np.zeros(len(self.flat), int)
         self.diverged = np.zeros(len(self.flat), bool)
 
@@ -109,6 +115,7 @@ class Results:
         for name, values in rows.items():
             table = self.columns.setdefault(name, np.full_like(self.columns["loss"], np.nan))
             table[epoch, members] = values
+        self.seconds[epoch, members] = time.perf_counter() - self.begin
 
     def note(self, text: str) -> None:
         """Add a note, once."""
@@ -392,6 +399,7 @@ class Run:
         task, standing = self._task, self._standing
         if task.schedule is not None:
             factor = factor_of(task.schedule, standing.epoch, task.n_epochs)
+            self._results.factors[standing.epoch] = factor
             for group in self._groups:
                 group.set_factor(factor)
         self._steps(bar)

@@ -65,20 +65,25 @@ SURFACE_POINTS = 61  # along each axis of a loss surface
 class PopulationInterrupted(TrainingInterrupted):
     """Ctrl-C came while a population was trained.
 
-    `population` holds the models as they were after their last finished epochs.
+    `population` holds the models as they were after their last finished epochs, `history` those of
+    the best of them.
     """
 
     def __init__(self, population: Population) -> None:
         n = int(population.epochs.max(initial=0))
         KeyboardInterrupt.__init__(self, f"training stopped after {n} finished epochs")
-        self.population = population
+        self.population, self.history = population, population.history(population.best_index)
 
 
 class PopulationDivergedError(DivergenceError):
-    """The loss of every model stopped being finite; `population` holds what there is."""
+    """The loss of every model stopped being finite.
+
+    `population` holds the models as they were after their last good epochs, `history` those of the
+    one that came farthest.
+    """
 
     def __init__(self, message: str, population: Population) -> None:
-        ArithmeticError.__init__(self, message)
+        super().__init__(message, population.history(population.best_index))
         self.population = population
 
 
@@ -484,14 +489,15 @@ class Population:
         loss: Loss,
         n_samples: int,
         batch_size: int,
-        seconds: float,
     ) -> None:
         self._model = copy.copy(model)  # the template
+        self._results = results
         self.parameters = Parameters(results.flat, model.parameters.shapes)
         self.settings = dict(settings)
         self.columns, self.paths = results.columns, results.paths
         self.epochs, self.diverged = results.epochs, results.diverged
-        self.engine, self.device, self.seconds = results.engine, str(model.device), seconds
+        self.engine, self.device = results.engine, str(model.device)
+        self.seconds = time.perf_counter() - results.begin
         self.n_samples, self.batch_size, self.loss = n_samples, batch_size, loss
         self.notes = list(results.notes)
 
@@ -574,7 +580,10 @@ class Population:
         return Ranking(rows, [place, *(f"Note: {note}" for note in self.notes)])
 
     def history(self, i: int) -> History:
-        """Return what training did to model i, epoch by epoch, without times."""
+        """Return what training did to model i, epoch by epoch.
+
+        Its seconds are those since the training of the population began.
+        """
         history = History(
             device=self.device,
             engine=self.engine,
@@ -582,8 +591,12 @@ class Population:
             batch_size=self.batch_size,
         )
         for epoch in range(int(self.epochs[i])):
-            numbers = {name: float(table[epoch, i]) for name, table in self.columns.items()}
-            history.append({"epoch": epoch + 1, **numbers})
+            row = {name: float(table[epoch, i]) for name, table in self.columns.items()}
+            factor = float(self._results.factors[epoch])
+            if not math.isnan(factor) and "learning_rate" in self.settings:
+                row["learning_rate"] = float(self.settings["learning_rate"][i]) * factor
+            row["seconds"] = float(self._results.seconds[epoch, i])
+            history.append({"epoch": epoch + 1} | row)
         if self.diverged[i]:
             history.notes.append(f"diverged in epoch {self.epochs[i] + 1}")
         return history
@@ -889,6 +902,7 @@ class _Plan:
         self.n_models = 0
         self.settings: dict[str, np.ndarray[Any, Any]] = {}
         self.starts: Array | None = None
+        self._begun = np.zeros(0, bool)
 
     def set_models(
         self,
@@ -901,7 +915,7 @@ class _Plan:
         weight_decays: Any = None,
     ) -> None:
         """Set what differs from model to model."""
-        self.n_models = n_models
+        self.n_models, self._begun = n_models, np.zeros(n_models, bool)
         self.settings["seed"] = _seeds(seeds, n_models)
         for name, plural, values, good, expected in (
             ("learning_rate", "learning_rates", learning_rates, _positive, "positive"),
@@ -948,7 +962,6 @@ class _Plan:
         with model.device.use(), np.errstate(all="ignore"):
             self._task = self._make_task()
             self._results = self._make_results()
-            self._begin = time.perf_counter()
             try:
                 yield self._task, self._results
             except KeyboardInterrupt:
@@ -1006,7 +1019,7 @@ class _Plan:
         """Return some models at the start, by their columns in the results."""
         device, dtype = self.model.device, self.model.dtype
         flat = device.asarray(self._start(members), dtype)
-        self._results.flat[members] = flat
+        self._results.flat[members], self._begun[members] = flat, True
         if self._results.paths is not None:
             self._results.paths[0, members] = to_host(flat)
         state = {
@@ -1052,12 +1065,13 @@ class _Plan:
             loss=self.loss,
             n_samples=task.data.n_samples,
             batch_size=task.data.batch_size,
-            seconds=time.perf_counter() - self._begin,
         )
 
     def finished(self, *, whole: bool = True) -> Population:
-        """Return the population, if training was not interrupted unless no model is left of it."""
-        results = self._results
+        """Return the population; after a whole training, raise an error if no model is left."""
+        results, waiting = self._results, np.flatnonzero(~self._begun)
+        if len(waiting):
+            self.begin(waiting)  # so that they hold their start weights
         lost = np.flatnonzero(results.diverged).tolist()
         if lost:
             named = ", ".join(map(str, lost[:8])) + ", …" * (len(lost) > 8)

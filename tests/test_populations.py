@@ -99,7 +99,8 @@ def test_each_model_is_the_one_trained_alone(device, rng, name, shuffle, kind):
         )
         np.testing.assert_allclose(flat(population[i]), flat(model), rtol=1e-4, atol=1e-5)
         columns = population.history(i).columns
-        assert columns.keys() == history.columns.keys() - {"seconds", "learning_rate"}
+        assert columns.keys() == history.columns.keys()
+        assert (np.diff(columns.pop("seconds")) > 0).all()
         for column, values in columns.items():
             np.testing.assert_allclose(values, history[column], rtol=1e-4, atol=1e-4)
 
@@ -354,6 +355,7 @@ def test_all_diverged_is_an_error_with_the_table(device, rng):
     assert "try learning_rates below 1e+25" in text
     assert "learning_rate" in text.splitlines()[1]
     assert caught.value.population.diverged.all()
+    assert len(caught.value.history) == caught.value.population.epochs.max()
     np.testing.assert_array_equal(
         flat(caught.value.population[1]), flat(gpuml.MLP(SIZES, seed=1, device=device))
     )
@@ -746,6 +748,7 @@ def test_an_interruption_keeps_the_finished_epochs(device, rng, epoch):
     assert isinstance(caught.value, gpuml.TrainingInterrupted)
     assert str(caught.value) == f"training stopped after {epoch} finished epochs"
     population = caught.value.population
+    assert len(caught.value.history) == epoch
     assert population.epochs.tolist() == [epoch] * 3
     assert not population.diverged.any()
     if epoch:
@@ -791,6 +794,40 @@ def test_an_interruption_anywhere_leaves_whole_epochs(monkeypatch, rng, place, l
         population.parameters.flat, whole.parameters.flat, rtol=1e-5, atol=1e-6
     )
     assert np.isnan(population.columns["loss"][1:]).all()
+
+
+def test_models_of_parts_to_come_hold_their_start_weights(device, rng):
+    X, y = table(rng, device)
+    asked = []
+
+    def stop(epoch, n_epochs):
+        asked.append(epoch)
+        if len(asked) == 5:  # the second epoch of the second part
+            raise KeyboardInterrupt
+        return 1.0
+
+    with pytest.raises(gpuml.PopulationInterrupted) as caught:
+        gpuml.train_population(
+            gpuml.MLP(SIZES, device=device),
+            X,
+            y,
+            n_models=7,
+            n_epochs=3,
+            schedule=stop,
+            memory_limit="60 KiB",
+            batch_size=16,
+        )
+    population = caught.value.population
+    assert population.epochs.tolist() == [3, 3, 3, 1, 1, 0, 0]
+    start = gpuml.MLP(SIZES, seed=6, device=device)
+    np.testing.assert_array_equal(flat(population[6]), flat(start))
+
+
+def test_histories_of_models_stand_side_by_side(trained):
+    population, _, _ = trained
+    runs = {f"model {i}": population.history(i) for i in (0, 5)}
+    assert "model 5" in str(gpuml.compare_histories(runs))
+    assert 0 < runs["model 0"].seconds <= population.seconds
 
 
 def test_after_an_interruption_threads_take_no_further_step(monkeypatch, rng):
