@@ -38,11 +38,11 @@ if TYPE_CHECKING:
         PopulationDivergedError,
         PopulationInterrupted,
         Ranking,
-        successive_halving,
         train_population,
     )
     from gpuml.recordings import Recording, recorded
     from gpuml.regression import Gram, largest_stable_learning_rate, least_squares
+    from gpuml.searches import successive_halving
     from gpuml.timing import (
         Ceilings,
         Comparison,
@@ -90,12 +90,12 @@ _MODULES = {
         "PopulationDivergedError",
         "PopulationInterrupted",
         "Ranking",
-        "successive_halving",
         "train_population",
     ),
     "recordings": ("Recording", "recorded"),
     "regression": ("Gram", "largest_stable_learning_rate", "least_squares"),
     "schedules": (),
+    "searches": ("successive_halving",),
     "timing": (
         "Ceilings",
         "Comparison",

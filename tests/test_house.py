@@ -28,7 +28,7 @@ FLOORS = [
     | {"metrics", "schedules", "operations", "rounding"},
     {"models", "optimizers", "batches", "history", "blocked"}
     | {"gradients", "regression", "checkpoints"},
-    {"cpu_populations", "population_runs", "populations"}
+    {"cpu_populations", "population_runs", "populations", "searches"}
     | {"cpu_layers", "one_pass", "fused", "steps", "training"},
     {"doctor", "recordings", "rivals", "workloads", "peers", "cli", "__main__"},
 ]
@@ -47,6 +47,7 @@ NEIGHBOURS += [("cpu_layers", "cpu_populations"), ("cpu_layers", "steps")]
 NEIGHBOURS += [("cpu_populations", "steps")]
 NEIGHBOURS += [("steps", "population_runs"), ("training", "population_runs")]
 NEIGHBOURS += [("training", "populations"), ("population_runs", "populations")]
+NEIGHBOURS += [(name, "searches") for name in ("training", "population_runs", "populations")]
 NEIGHBOURS += [("models", "gradients"), ("models", "regression")]
 NEIGHBOURS += [("doctor", "cli"), ("recordings", "cli"), ("cli", "__main__")]
 NEIGHBOURS += [("rivals", "workloads"), ("rivals", "peers"), ("workloads", "peers")]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import gpuml
-from gpuml import population_runs, populations, training
+from gpuml import population_runs, populations, searches, training
 from gpuml.cpu_populations import CpuPopulationGradient
 from gpuml.devices import CPU, array_module, to_host
 from gpuml.losses import mean_squared_error, softmax_cross_entropy
@@ -967,7 +967,7 @@ def test_a_progress_bar_goes_to_the_end(capsys, rng):
     ],
 )
 def test_stages(n_models, n_epochs, factor, expected):
-    assert populations._stages(n_models, n_epochs, factor) == expected
+    assert searches._stages(n_models, n_epochs, factor) == expected
 
 
 def test_halving_drops_exactly_the_worst(device, rng):
