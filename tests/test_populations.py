@@ -239,6 +239,30 @@ def test_single_models_and_populations_have_calls_of_their_own(rng):
     assert "package's losses" in CpuPopulationGradient.limit(many, lambda p, t: (p, t))
 
 
+@pytest.mark.alone
+def test_many_models_take_half_the_time_of_one_after_another(rng):
+    X = rng.standard_normal((2048, 64), np.float32)
+    y = rng.integers(0, 10, 2048)
+    model = gpuml.MLP([64, 32, 10], device="cpu")
+    common = {"n_epochs": 3, "optimizer": "gradient_descent"}
+
+    def together():
+        gpuml.train_population(model, X, y, n_models=64, **common)
+
+    def alone():
+        for seed in range(8):
+            gpuml.train(gpuml.MLP([64, 32, 10], seed=seed, device="cpu"), X, y, **common)
+
+    ratios = []
+    for _ in range(5):  # on a busy machine one of the rounds is quiet
+        moments = [time.perf_counter()]
+        for work in (alone, together):
+            work()
+            moments.append(time.perf_counter())
+        ratios.append(8 * (moments[1] - moments[0]) / (moments[2] - moments[1]))
+    assert max(ratios) > 2
+
+
 # --- models that diverge -----------------------------------------------------------------------
 
 

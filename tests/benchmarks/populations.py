@@ -17,12 +17,14 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 import gpuml
 from gpuml import population_runs
+from gpuml.devices import cpu_count
 
 SIZES, BATCH, N_STEPS, N_EPOCHS = (64, 32, 10), 64, 64, 3
 MOMENTUM, ROUNDS = 0.9, 7
@@ -130,15 +132,17 @@ def by_jax(n_models: int) -> Run:
     return lambda: np.asarray(train(start)[1])[-1]
 
 
-def by_torch(n_models: int) -> Run:
+def by_torch(n_models: int, n_threads: int | None = None) -> Run:
     import torch
 
     where = "cuda" if torch.cuda.is_available() else "cpu"
+    n_threads = n_threads or cpu_count()
     X, y = (torch.from_numpy(a).to(where) for a in samples())
     start = [torch.from_numpy(values).to(where) for values in starts(n_models).values()]
     rate = torch.from_numpy(rates(n_models).astype(np.float32)).to(where)[:, None, None]
 
     def run() -> np.ndarray:
+        torch.set_num_threads(n_threads)
         parameters = [p.clone().requires_grad_() for p in start]
         velocities = [torch.zeros_like(p) for p in start]
         W0, b0, W1, b1 = parameters
@@ -169,7 +173,8 @@ RIVALS: dict[str, Callable[[int], Run]] = {
     "gpuml.train_population": by_gpuml,
     "gpuml.train, one by one": by_train,
     "JAX vmap + scan": by_jax,
-    "PyTorch, stacked": by_torch,
+    "PyTorch, 1 thread": partial(by_torch, n_threads=1),  # before more: they would stay awake
+    "PyTorch": by_torch,
 }
 
 
