@@ -32,8 +32,17 @@ if TYPE_CHECKING:
     from gpuml.metrics import accuracy, confusion_matrix, r2_score
     from gpuml.models import MLP, Linear, Model, Parameters, load_model
     from gpuml.optimizers import Adam, GradientDescent
+    from gpuml.populations import (
+        Ensemble,
+        Population,
+        PopulationDivergedError,
+        PopulationInterrupted,
+        Ranking,
+        train_population,
+    )
     from gpuml.recordings import Recording, recorded
     from gpuml.regression import Gram, largest_stable_learning_rate, least_squares
+    from gpuml.searches import successive_halving
     from gpuml.timing import (
         Ceilings,
         Comparison,
@@ -75,9 +84,18 @@ _MODULES = {
     "models": ("MLP", "Linear", "Model", "Parameters", "load_model"),
     "optimizers": ("Adam", "GradientDescent"),
     "plots": (),
+    "populations": (
+        "Ensemble",
+        "Population",
+        "PopulationDivergedError",
+        "PopulationInterrupted",
+        "Ranking",
+        "train_population",
+    ),
     "recordings": ("Recording", "recorded"),
     "regression": ("Gram", "largest_stable_learning_rate", "least_squares"),
     "schedules": (),
+    "searches": ("successive_halving",),
     "timing": (
         "Ceilings",
         "Comparison",
@@ -111,6 +129,7 @@ __all__ = [
     "DeviceError",
     "DeviceMemoryError",
     "DivergenceError",
+    "Ensemble",
     "GpumlError",
     "GradientDescent",
     "Gram",
@@ -120,7 +139,11 @@ __all__ = [
     "Model",
     "ModelFileError",
     "Parameters",
+    "Population",
+    "PopulationDivergedError",
+    "PopulationInterrupted",
     "Preprocessing",
+    "Ranking",
     "Rates",
     "Recording",
     "TrainingInterrupted",
@@ -150,8 +173,10 @@ __all__ = [
     "softmax_cross_entropy",
     "split",
     "split_matmul",
+    "successive_halving",
     "to_host",
     "train",
+    "train_population",
     "watch_memory",
 ]
 

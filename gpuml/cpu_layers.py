@@ -42,11 +42,13 @@ class CpuGradient:
         self._prepared: dict[int, _Calls] = {}  # by the rows of a batch
 
     @staticmethod
-    def limit(model: Model, loss: Loss) -> str | None:
+    def limit(model: Model, loss: Loss, *, n_axes: int = 1) -> str | None:
         """Return why a model or a loss is not for this class, or None if it is.
 
         Functions of the user's could keep what they are given; so they get new arrays.
         """
+        if model.parameters.flat.ndim != n_axes:
+            return "it is for one model, or for many"
         if type(model) not in MODELS.values() or model.device != CPU:
             return "it is for this package's models on the CPU"
         if model.dtype.name not in ("float32", "float64"):

@@ -187,10 +187,10 @@ class History:
     def _cells(self) -> Iterator[list[str]]:
         yield list(self.columns)
         for row in self._rows():
-            yield list(map(_text, row))
+            yield list(map(number_text, row))
 
     def __str__(self) -> str:
-        return "\n".join([_aligned(self._cells()), *(f"Note: {note}" for note in self.notes)])
+        return "\n".join([aligned(self._cells()), *(f"Note: {note}" for note in self.notes)])
 
     def _repr_html_(self) -> str:
         header, *rows = self._cells()
@@ -198,7 +198,7 @@ class History:
             first, last = (SHOWN_ROWS - 1) // 2, SHOWN_ROWS // 2
             rows = [*rows[:first], ["⋮"] * len(header), *rows[-last:]]
         below = [f"{_epochs(len(self))}, {self.engine}, {self.device}"]
-        return _html_table([header, *rows], below + [f"Note: {note}" for note in self.notes])
+        return html_table([header, *rows], below + [f"Note: {note}" for note in self.notes])
 
     def __repr__(self) -> str:
         return f"History({_epochs(len(self))}, {self.engine}, {self.device})"
@@ -253,19 +253,19 @@ class HistoryComparison:
         last = [n for n in dict.fromkeys(every) if n not in ("epoch", "seconds")]
         yield ["run", "epochs", *last, f"best {self.column}", "in epoch", "seconds"]
         for name, history in self.histories.items():
-            finals = [_text(history[n][-1]) if n in history.columns else "–" for n in last]
+            finals = [number_text(history[n][-1]) if n in history.columns else "–" for n in last]
             epoch = history.best_epoch(self.column)
             best = history[self.column][history["epoch"].index(epoch)]
             yield [
                 *(name, str(len(history)), *finals),
-                *(_text(best), str(epoch), _text(history.seconds)),
+                *(number_text(best), str(epoch), number_text(history.seconds)),
             ]
 
     def __str__(self) -> str:
-        return _aligned(self._cells())
+        return aligned(self._cells())
 
     def _repr_html_(self) -> str:
-        return _html_table(self._cells(), self._devices())
+        return html_table(self._cells(), self._devices())
 
     def __repr__(self) -> str:
         return f"HistoryComparison({', '.join(self.histories)}; {self.column})"
@@ -326,7 +326,8 @@ def _plain(value: Any) -> float:
     return int(value) if isinstance(value, Integral) else float(value)
 
 
-def _text(value: float) -> str:
+def number_text(value: float) -> str:
+    """Return a number as tables show it, with four digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -334,7 +335,7 @@ def _epochs(n: int) -> str:
     return f"{n} epoch{'s' * (n != 1)}"
 
 
-def _aligned(cells: Iterable[Sequence[str]]) -> str:
+def aligned(cells: Iterable[Sequence[str]]) -> str:
     """Lay out rows of cells as text, each column flush right."""
     rows = list(cells)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -344,7 +345,7 @@ def _aligned(cells: Iterable[Sequence[str]]) -> str:
     )
 
 
-def _html_table(cells: Iterable[Sequence[str]], below: Iterable[str]) -> str:
+def html_table(cells: Iterable[Sequence[str]], below: Iterable[str]) -> str:
     """Lay out a header and rows of cells as HTML, with lines of text below."""
     header, *rows = ([html.escape(cell) for cell in row] for row in cells)
 

@@ -20,6 +20,8 @@ LINE = 128  # bytes: four sectors, a cache line
 
 WHITE_EDGE: dict[str, Any] = {"edgecolor": "white", "linewidth": 0.3}
 
+FAR = 100  # times the median: losses of models that are about to diverge
+
 MOST_WRITTEN = 30  # classes of a confusion matrix whose counts can be read
 
 
@@ -508,6 +510,200 @@ def predictions(
     return _finished(axis, title)
 
 
+def distribution(values: Any, quantity: str, title: str, axis: Any = None) -> Any:
+    """Draw how the last losses, or scores, of many models are distributed; the best is marked.
+
+    Parameters
+    ----------
+    values : array of float, shape (n_models,)
+        NaN for models that diverged; the label of the axis counts them, and losses far above
+        the others'.
+    quantity : str
+        What the numbers are, such as ``"validation_loss"``. Losses have a logarithmic axis if
+        they differ by more than a factor of ten.
+    title : str
+        How many models, and on which device.
+    axis : matplotlib.axes.Axes, optional
+        Where to draw; a new figure unless given.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ValueError
+        If no number is finite.
+    """
+    values, is_loss = np.asarray(values, float), quantity.endswith("loss")
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        raise ValueError("no model has a finite number to draw")
+    axis = _axis(axis)
+    best, median = float(finite.min() if is_loss else finite.max()), float(np.median(finite))
+    shown = finite[~_far(finite, is_loss)]
+    low, high = float(shown.min()), float(shown.max())
+    n_bins = int(np.clip(2 * np.sqrt(len(finite)), 8, 40))
+    bins = np.linspace(low, high if high > low else low + 1e-9, n_bins + 1)
+    if is_loss and low > 0 and high > 10 * low:
+        axis.set_xscale("log")
+        bins = np.geomspace(low, high, n_bins + 1)
+    axis.hist(shown, bins, color=COLORS[0], **WHITE_EDGE)
+    axis.axvline(best, color=COLORS[1], label=f"best: {best:.4g}")
+    axis.axvline(median, color="black", linestyle="--", label=f"median: {median:.4g}")
+    left_out = {"diverged": len(values) - len(finite), "far above": len(finite) - len(shown)}
+    said = ", ".join(f"{n} {what}" for what, n in left_out.items() if n)
+    axis.set_xlabel(_words(quantity) + (f"; not shown: {said}" if said else ""))
+    axis.set_ylabel("models")
+    axis.yaxis.get_major_locator().set_params(integer=True)
+    return _finished(axis, title)
+
+
+def loss_by_learning_rate(
+    rates: Any, values: Any, quantity: str, title: str, axis: Any = None
+) -> Any:
+    """Draw the last loss of each model against its learning rate; the best is marked.
+
+    Parameters
+    ----------
+    rates : array of float, shape (n_models,)
+        Positive; on a logarithmic axis.
+    values : array of float, shape (n_models,)
+        Not finite for models that diverged: crosses at the edge. Losses far above the others'
+        are triangles there.
+    quantity : str
+        What the numbers are, such as ``"validation_loss"``.
+    title : str
+        How many models, and on which device.
+    axis : matplotlib.axes.Axes, optional
+        Where to draw; a new figure unless given.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ValueError
+        If there is not a rate for each number, or none is finite.
+    """
+    rates, values = np.asarray(rates, float), np.asarray(values, float)
+    if rates.shape != values.shape or rates.ndim != 1:
+        raise ValueError(f"{rates.shape} rates and {values.shape} numbers: expected one for one")
+    fine, is_loss = np.isfinite(values), quantity.endswith("loss")
+    if not fine.any():
+        raise ValueError("no model has a finite number to draw")
+    axis = _axis(axis)
+    axis.set_xscale("log")
+    i = int(np.nanargmin(np.where(fine, values if is_loss else -values, np.nan)))
+    far = fine & _far(values, is_loss)
+    near = fine & ~far
+    axis.scatter(rates[near], values[near], s=18, color=COLORS[0], alpha=0.7, linewidths=0)
+    label = f"best: {values[i]:.4g} at {rates[i]:.3g}"
+    axis.scatter(rates[i], values[i], s=110, marker="*", color=COLORS[1], label=label, zorder=3)
+    if is_loss and values[near].min() > 0:
+        axis.set_yscale("log")
+    edge = axis.get_xaxis_transform()  # rates, and a height from 0 to 1
+    height = 0.97 if is_loss else 0.03
+    for chosen, marker, color, what in (
+        (far, "^", COLORS[0], "far above"),
+        (~fine, "x", "black", "diverged"),
+    ):
+        n = int(chosen.sum())
+        if n:
+            style = {"s": 22, "marker": marker, "color": color, "linewidths": 1}
+            heights = np.full(n, height)
+            axis.scatter(rates[chosen], heights, transform=edge, label=f"{n} {what}", **style)
+    axis.set_xlabel("learning rate")
+    axis.set_ylabel(_words(quantity))
+    return _finished(axis, title)
+
+
+def loss_surface(
+    first: Any,
+    second: Any,
+    losses: Any,
+    paths: Any,
+    names: Sequence[str],
+    title: str,
+    axis: Any = None,
+) -> Any:
+    """Draw a loss over two parameters as a map, and the paths that models took on it.
+
+    Parameters
+    ----------
+    first, second : array of float, shapes (n,) and (m,)
+        Values of the two parameters.
+    losses : array of float, shape (m, n)
+        The loss at each pair; on a logarithmic scale if all are positive and far apart.
+    paths : array of float, shape (n_points, n_models, 2)
+        The parameters of each model, from its start (a circle) to its end (a star). What follows
+        a NaN is not drawn.
+    names : sequence of str
+        What the two parameters are called.
+    title : str
+        How many models, and on which device.
+    axis : matplotlib.axes.Axes, optional
+        Where to draw; a new figure unless given.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ValueError
+        If the shapes do not fit.
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import ListedColormap, LogNorm
+
+    first, second, losses, paths = (np.asarray(a, float) for a in (first, second, losses, paths))
+    if losses.shape != (len(second), len(first)) or paths.ndim != 3 or paths.shape[-1] != 2:
+        raise ValueError(
+            f"losses have shape {losses.shape} and paths {paths.shape}, expected "
+            f"{(len(second), len(first))} and (n_points, n_models, 2)"
+        )
+    axis = _axis(axis, width=6.4, height=4.6)
+    low, high = np.nanmin(losses), np.nanmax(losses)
+    scale: dict[str, Any] = {"levels": np.linspace(low, high, 25)}
+    if low > 0 and high > 30 * low:
+        scale = {"levels": np.geomspace(low, high, 25), "norm": LogNorm(low, high)}
+    light = ListedColormap(colormaps["Greys"](np.linspace(0, 0.6, 256)))  # paths stand out
+    image = axis.contourf(first, second, losses, cmap=light, **scale)
+    axis.contour(first, second, losses, colors="0.45", linewidths=0.5, levels=scale["levels"])
+    bar = axis.figure.colorbar(image, ax=axis, label="loss")
+    bar.ax.yaxis.set_major_formatter(_two_digits)
+    few = paths.shape[1] <= len(COLORS)
+    for i in range(paths.shape[1]):
+        path = paths[:, i]
+        path = path[: int(np.isnan(path).any(axis=1).argmax()) or len(path)]
+        color = COLORS[i % len(COLORS)] if few else COLORS[0]
+        axis.plot(*path.T, color=color, linewidth=1.4 if few else 0.7, alpha=1 if few else 0.6)
+        axis.plot(*path[0], "o", color="white", markeredgecolor=color, markersize=5)
+        axis.plot(*path[-1], "*", color=color, markeredgecolor="white", markersize=11)
+    axis.set_xlim(first[0], first[-1])
+    axis.set_ylim(second[0], second[-1])
+    axis.set_xlabel(names[0])
+    axis.set_ylabel(names[1])
+    axis.set_title(title + "; from circles to stars", fontsize="medium")
+    return axis.figure
+
+
+def _far(values: Any, is_loss: bool) -> Any:
+    """Return which losses lie so far above their median that a picture would show only them."""
+    return (values > FAR * np.nanmedian(np.abs(values))) if is_loss else np.zeros(len(values), bool)
+
+
+def _two_digits(value: float, _: int) -> str:
+    return f"{value:.2g}"
+
+
+def _words(quantity: str) -> str:
+    """Return a column's name as people write it."""
+    return " ".join("R²" if word == "r2" else word for word in quantity.split("_"))
+
+
 def memory_access(
     accesses: Mapping[str, Any], *, itemsize: int = 4, n_lines: int | None = None
 ) -> Any:
@@ -678,7 +874,7 @@ def _panels(columns: Mapping[str, Sequence[float]]) -> dict[str, list[str]]:
 
 def _metric_axis(axis: Any, quantity: str, lines: Sequence[Sequence[float]]) -> None:
     """Name the vertical axis; losses get a logarithmic scale unless one is not positive."""
-    axis.set_ylabel(" ".join("R²" if word == "r2" else word for word in quantity.split("_")))
+    axis.set_ylabel(_words(quantity))
     values = [value for line in lines for value in line if not math.isnan(value)]
     if quantity.endswith("loss") and min(values, default=0) > 0:
         axis.set_yscale("log")

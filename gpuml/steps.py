@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, TypeAlias
 from gpuml import fused, gpu_layers, one_pass
 from gpuml.batches import Batches
 from gpuml.cpu_layers import CpuGradient
+from gpuml.cpu_populations import CpuPopulationGradient
 from gpuml.devices import Array, array_module
 from gpuml.errors import unknown_name
 from gpuml.fused import FusedStep
@@ -90,9 +91,10 @@ class EagerStep:
         self._gradients = model.parameters.zeros_like()
         self._total: Any = None  # of the parts so far
         self.state = optimizer.init(model.parameters)
-        self._on_cpu: CpuGradient | None = None
-        if CpuGradient.limit(model, loss) is None:
-            self._on_cpu = CpuGradient(model, loss, self._gradients)
+        self._on_cpu: CpuGradient | CpuPopulationGradient | None = None
+        for kind in (CpuGradient, CpuPopulationGradient):
+            if kind.limit(model, loss) is None:
+                self._on_cpu = kind(model, loss, self._gradients)
 
     def _gradient(self, x: Array, y: Array) -> Array:
         if self._on_cpu is not None and self._on_cpu.fits(x):
@@ -353,11 +355,12 @@ def _limit(
         reason = one_pass.limit(model, x)
         return "" if reason is None and not asked and not one_pass.pays(model, x) else reason
     if name == "graph":
-        return _graph_limit(model, data)
+        return graph_limit(model, data)
     return None
 
 
-def _graph_limit(model: Model, data: Batches) -> str | None:
+def graph_limit(model: Model, data: Batches) -> str | None:
+    """Return why a step cannot be captured as a CUDA graph, or None if it can be tried."""
     if model.device.kind == "cpu":
         return "graphs are for GPUs"
     if model.device.xp.cuda.runtime.is_hip:

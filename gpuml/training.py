@@ -185,14 +185,14 @@ def train(
     >>> len(history), history["loss"][-1] < history["loss"][0]
     (5, True)
     """
-    _check_model(model)
-    n_epochs = _positive_integer("n_epochs", n_epochs)
+    check_model(model)
+    n_epochs = positive_integer("n_epochs", n_epochs)
     if batch_size is not None:
-        batch_size = _positive_integer("batch_size", batch_size)
-    if validation_data is not None and not _is_pair(validation_data):
+        batch_size = positive_integer("batch_size", batch_size)
+    if validation_data is not None and not is_pair(validation_data):
         raise ValueError("validation_data must be a pair: (X, y)")
     if patience is not None:
-        patience = _positive_integer("patience", patience)
+        patience = positive_integer("patience", patience)
         if validation_data is None:
             raise ValueError("patience needs validation_data to watch")
     optimizer = get_optimizer(optimizer)
@@ -200,11 +200,11 @@ def train(
     if limit is not None and validation_data is not None:
         limit = max(1, limit // 2)  # for each of the two
     with model.device.use():
-        loss = get_loss(loss or _usual_loss(X, y))
-        data = _source(model, X, y, loss, batch_size, limit)
+        loss = get_loss(loss or usual_loss(X, y))
+        data = source_of(model, X, y, loss, batch_size, limit)
         held_out = None
         if validation_data is not None:
-            held_out = _source(model, *validation_data, loss, EVALUATED_ROWS, limit, smaller=True)
+            held_out = source_of(model, *validation_data, loss, EVALUATED_ROWS, limit, smaller=True)
         # Taken up again, for more epochs perhaps, a run keeps the engine with which it began.
         before = None if checkpoint is None else saved_facts(checkpoint).get("engine")
         options: dict[str, Any] = {"n_epochs": n_epochs, "before": before}
@@ -241,10 +241,10 @@ def train(
                 facts["precision"] = precision
             run.checkpoint = _Checkpoint(checkpoint, facts, checkpoint_every)
             run.take_up()
-        bar = _ProgressBar(progress, n_epochs, data.n_steps, len(history))
+        bar = ProgressBar(progress, n_epochs, data.n_steps, len(history))
         try:
             # NumPy's warnings about overflow say less than DivergenceError, which follows them.
-            threads = blas_threads(_largest_product(model, data.batch_size))
+            threads = blas_threads(largest_product(model, data.batch_size))
             with threads, np.errstate(all="ignore"), bar:
                 run.train(n_epochs, bar)
         except BaseException as error:
@@ -310,7 +310,7 @@ class _Run:
         self.base_rate = None if rate is None else rate.copy()
         self.clock = _Clock(model.device)
 
-    def train(self, n_epochs: int, bar: _ProgressBar) -> None:
+    def train(self, n_epochs: int, bar: ProgressBar) -> None:
         """Train to the end, or until patience runs out."""
         self.clock.start()
         self._epochs(n_epochs, bar)
@@ -321,7 +321,7 @@ class _Run:
                 self.history.notes.append(f"stopped early: not better since epoch {self.best[1]}")
             self.flat[...] = self.best[2]
 
-    def _epochs(self, n_epochs: int, bar: _ProgressBar) -> None:
+    def _epochs(self, n_epochs: int, bar: ProgressBar) -> None:
         """Train epoch by epoch."""
         looked = time.monotonic()
         each = self.held_out is not None or self.checkpoint is not None
@@ -340,7 +340,7 @@ class _Run:
                 looked = time.monotonic()
         self.look(bar)
 
-    def _one_epoch(self, bar: _ProgressBar) -> None:
+    def _one_epoch(self, bar: ProgressBar) -> None:
         """Take a step for each batch."""
         self.losses = self.xp.empty_like(self.losses)  # those of the last epoch are still pending
         if isinstance(self.step, GramStep):
@@ -385,7 +385,7 @@ class _Run:
             self.n_good += self.fine
         self.pending.append((row, self.losses, mean, self.clock.now()))
 
-    def look(self, bar: _ProgressBar | None) -> None:
+    def look(self, bar: ProgressBar | None) -> None:
         """Bring to the host how the last epochs went; measure them, and write the checkpoint.
 
         Interrupted at any moment, it can be called again.
@@ -502,7 +502,7 @@ class _FusedRun(_Run):
         self.copies = self.xp.cuda.Stream(non_blocking=True)
         self.rate = float(to_host(self.base_rate))  # once: to read it is to wait for the device
 
-    def _epochs(self, n_epochs: int, bar: _ProgressBar) -> None:
+    def _epochs(self, n_epochs: int, bar: ProgressBar) -> None:
         """Train chunk by chunk, each twice as long as the one before."""
         alone = self.held_out is not None or self.checkpoint is not None
         size = 1
@@ -562,7 +562,7 @@ class _FusedRun(_Run):
         chunk.done = Trace.event()
         chunk.fine = fine
 
-    def look(self, bar: _ProgressBar | None) -> None:
+    def look(self, bar: ProgressBar | None) -> None:
         """Bring the oldest chunk's losses to the host; measure, and write the checkpoint."""
         if not self.chunks:
             return
@@ -583,7 +583,7 @@ class _FusedRun(_Run):
         if self.checkpoint is not None and bar is not None and self.checkpoint.due(self.history):
             self.checkpoint.save(self)
 
-    def _tell(self, chunk: _Chunk, losses: np.ndarray[Any, Any], bar: _ProgressBar | None) -> None:
+    def _tell(self, chunk: _Chunk, losses: np.ndarray[Any, Any], bar: ProgressBar | None) -> None:
         """Add the epochs of a chunk to the history; interrupted, it can be called again."""
         sizes = np.full(self.data.n_steps, self.data.batch_size, float)
         sizes[-1] = self.data.n_samples - sizes[:-1].sum()
@@ -668,7 +668,7 @@ class _Checkpoint:
 def _interval(every: int | str) -> tuple[int, float | None]:
     """Return a number of epochs, or 1 and seconds, from ``5`` or ``"10 min"``."""
     if not isinstance(every, str):
-        return _positive_integer("checkpoint_every", every), None
+        return positive_integer("checkpoint_every", every), None
     units = {"s": 1, "min": 60, "h": 3600}
     number, _, unit = every.strip().partition(" ")
     try:
@@ -732,9 +732,9 @@ def evaluate(
         that of their label.
     """
     with model.device.use():
-        loss = get_loss(loss or _usual_loss(X, y))
-        data = _source(model, X, y, loss, EVALUATED_ROWS, None, smaller=True)
-        with blas_threads(_largest_product(model, data.batch_size)):
+        loss = get_loss(loss or usual_loss(X, y))
+        data = source_of(model, X, y, loss, EVALUATED_ROWS, None, smaller=True)
+        with blas_threads(largest_product(model, data.batch_size)):
             return _evaluate(model, data, loss)
 
 
@@ -754,10 +754,10 @@ def predict(model: Model, X: Array) -> Array:
         names of classes back, and numbers in their own unit.
     """
     device, home = model.device, device_of(X)
-    _check_numbers("X", X)
+    check_numbers("X", X)
     if X.ndim != 2 or 0 in X.shape:
         raise ValueError(f"X has shape {X.shape}, expected (n_samples, n_features), not empty")
-    with blas_threads(_largest_product(model, min(len(X), EVALUATED_ROWS))):
+    with blas_threads(largest_product(model, min(len(X), EVALUATED_ROWS))):
         outputs = [
             home.asarray(model(device.asarray(X[start : start + EVALUATED_ROWS], model.dtype)))
             for start in range(0, len(X), EVALUATED_ROWS)
@@ -767,17 +767,24 @@ def predict(model: Model, X: Array) -> Array:
 
 def _evaluate(model: Model, data: Batches, loss: Loss) -> dict[str, float]:
     """Add up loss and score on the device, batch by batch, and read them once."""
-    total, hits, squares = 0.0, 0, _Squares()
+    return {name: float(value) for name, value in measured_on(model, data, loss).items()}
+
+
+def measured_on(model: Model, data: Batches, loss: Loss) -> dict[str, Any]:
+    """Return the loss and the score on the host: for many models at once an array of each."""
+    total: Any = 0.0
+    hits: Any = 0
+    squares = _Squares()
     for x, targets in data.epoch(None):
         predictions = model(x)
         total = total + loss(predictions, targets)[0] * len(x)
         if loss is softmax_cross_entropy:
-            hits = hits + (predictions.argmax(axis=-1) == targets).sum()
+            hits = hits + (predictions.argmax(axis=-1) == targets).sum(axis=-1)
         elif loss is mean_squared_error:
             squares.add(predictions, targets)
-    measured = {"loss": float(total) / data.n_samples}
+    measured = {"loss": np.asarray(to_host(total), np.float64) / data.n_samples}
     if loss is softmax_cross_entropy:
-        measured["accuracy"] = float(hits) / data.n_samples
+        measured["accuracy"] = to_host(hits) / data.n_samples
     elif loss is mean_squared_error:
         measured["r2"] = squares.r2()
     return measured
@@ -805,15 +812,15 @@ class _Squares:
         )
         self.mean = self.mean + apart * (n / (self.n + n))
         self.n += n
-        self.residual = self.residual + xp.square(predictions - targets).sum(axis=0)
+        self.residual = self.residual + xp.square(predictions - targets).sum(axis=-2)
 
-    def r2(self) -> float:
+    def r2(self) -> Any:
         """Return 1 - residual / total, averaged over the outputs; as metrics.r2_score."""
         total, residual = (np.atleast_1d(to_host(a)) for a in (self.total, self.residual))
         with np.errstate(divide="ignore", invalid="ignore"):
             scores = 1 - residual / total
         scores = np.where(total > 0, scores, np.where(residual > 0, 0.0, 1.0))
-        return float(scores.mean())
+        return scores.mean(axis=-1)
 
 
 def _not_finite(losses: np.ndarray[Any, Any]) -> _NotFiniteError:
@@ -843,7 +850,7 @@ def _explain(
 ) -> str:
     """Say where a number stopped being finite, why, and what to do."""
     where = f"epoch {len(history) + 1}, step {error.step}: {error.what}"
-    cause = _cause_in_data(data, model.dtype)
+    cause = cause_in_data(data, model.dtype)
     if cause:
         return f"{where}, since {cause}"
     if error.what.startswith("the validation"):
@@ -879,7 +886,7 @@ def _rounded_down(value: float) -> float:
     return math.floor(value / unit) * unit
 
 
-def _cause_in_data(data: Mapping[str, Any], dtype: np.dtype[Any]) -> str:
+def cause_in_data(data: Mapping[str, Any], dtype: np.dtype[Any]) -> str:
     """Return what is wrong with the data, such as ``"row 3, column 1 of X is not"``, or ""."""
     pairs = data["X"] if data["y"] is None else ()  # a source of batches
     in_batches = (
@@ -911,7 +918,7 @@ def _first_non_finite(array: Any, dtype: np.dtype[Any]) -> tuple[int, int, float
     return None
 
 
-class _ProgressBar:
+class ProgressBar:
     """tqdm's bar over all steps, on a terminal; nothing elsewhere."""
 
     def __init__(self, show: bool | None, n_epochs: int, n_steps: int, n_done: int) -> None:
@@ -926,7 +933,7 @@ class _ProgressBar:
         if self.bar is not None:
             self.bar.update(self.done)
 
-    def __enter__(self) -> _ProgressBar:
+    def __enter__(self) -> ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -951,7 +958,7 @@ class _ProgressBar:
         self.bar.update(self.done - self.bar.n)
 
 
-def _positive_integer(name: str, value: Any) -> int:
+def positive_integer(name: str, value: Any) -> int:
     """Return a whole number of any type as an int, or say that it is none."""
     is_number = isinstance(value, Real) and not isinstance(value, bool)
     if not is_number or not 1 <= value < math.inf or value != int(value):
@@ -959,7 +966,7 @@ def _positive_integer(name: str, value: Any) -> int:
     return int(value)
 
 
-def _check_model(model: Any) -> None:
+def check_model(model: Any) -> None:
     """Refuse what is no model, such as its class, or the data in its place."""
     if isinstance(model, type):
         raise TypeError(f"give a model, not its class: {model.__name__}(…)")
@@ -970,7 +977,8 @@ def _check_model(model: Any) -> None:
         )
 
 
-def _is_pair(value: Any) -> bool:
+def is_pair(value: Any) -> bool:
+    """Return whether a value can be X and y."""
     return isinstance(value, tuple | list) and len(value) == 2
 
 
@@ -991,25 +999,26 @@ def _fingerprint(X: Any, y: Any) -> Any:
     return None if y is None else fingerprint_data(X, y)
 
 
-def _usual_loss(X: Any, y: Any) -> str:
+def usual_loss(X: Any, y: Any) -> str:
+    """Return the name of the loss that is taken unless one is given: it depends on the targets."""
     if y is None:
         for pair in () if hasattr(X, "dtype") else X:
-            y = pair[1] if _is_pair(pair) else None
+            y = pair[1] if is_pair(pair) else None
             break
         if y is None:
-            return "mean_squared_error"  # _source says what is wrong
+            return "mean_squared_error"  # source_of says what is wrong
         y = y if hasattr(y, "dtype") else np.asarray(y)
     device_of(y)  # refuses what is no array
     is_labels = y.dtype.kind in "iu" and y.ndim == 1
     return "cross_entropy" if is_labels else "mean_squared_error"
 
 
-def _largest_product(model: Model, batch_size: int) -> float:
+def largest_product(model: Model, batch_size: int) -> float:
     """Floating-point operations of the largest matrix product in a step: 2 M N K."""
     return 2.0 * batch_size * max(map(math.prod, model.parameters.shapes.values()))
 
 
-def _source(
+def source_of(
     model: Model,
     X: Any,
     y: Any,
@@ -1019,7 +1028,26 @@ def _source(
     *,
     smaller: bool = False,
 ) -> Batches:
-    """Return data as batches on the model's device: copied there once, or streamed."""
+    """Return data as batches on the model's device: copied there once, or streamed.
+
+    Parameters
+    ----------
+    model : Model
+        For its device, its type, and the shapes that fit.
+    X, y
+        As for :func:`train`.
+    loss : callable
+    batch_size : int or None
+    limit : int or None
+        Bytes on the device.
+    smaller : bool
+        Whether batches may be smaller if so many rows do not fit.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If they do not fit the model, the loss, or the device; the message says what to do.
+    """
     device = model.device
     if y is None:
         if hasattr(X, "dtype"):
@@ -1046,7 +1074,7 @@ def _source(
         return ArrayBatches(device.asarray(X, model.dtype), device.asarray(y, dtype), batch_size)
 
 
-def _check_numbers(name: str, a: Array) -> None:
+def check_numbers(name: str, a: Array) -> None:
     """Refuse text, dates, complex numbers, and numbers that a mask hides."""
     if a.dtype.kind not in "biuf" and a.dtype.name != "bfloat16":
         raise TypeError(
@@ -1066,7 +1094,7 @@ def _checked(model: Model, X: Array, y: Array, loss: Loss) -> tuple[Array, np.dt
             f"the model is on {device.kind}, X and y are on gpu:{data_device.index}: "
             f'model.to("gpu:{data_device.index}") moves the model'
         )
-    _check_numbers("X", X)
+    check_numbers("X", X)
     if X.ndim != 2 or 0 in X.shape:
         raise ValueError(f"X has shape {X.shape}, expected (n_samples, n_features), not empty")
     if len(X) != len(y):
@@ -1076,7 +1104,7 @@ def _checked(model: Model, X: Array, y: Array, loss: Loss) -> tuple[Array, np.dt
             "y has names: gpuml.Preprocessing.fit(X, y, ...) numbers classes, and its answers() "
             "turns a model's outputs into names again"
         )
-    _check_numbers("y", y)
+    check_numbers("y", y)
     with np.errstate(all="ignore"):  # training will name numbers that are too large
         n_outputs = model(device.asarray(X[:1], model.dtype)).shape[-1]
     if loss is softmax_cross_entropy:

@@ -800,7 +800,7 @@ def test_ctrl_c_before_the_first_epoch_has_ended_leaves_nothing(call, monkeypatc
         def stop(*_):
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(training, "_source", stop)
+        monkeypatch.setattr(training, "source_of", stop)
     code, out, err = call("train", "table.csv", *output)
     assert (code, out) == (130, "")
     assert re.fullmatch("gpuml: stopped by Ctrl-C.*nothing saved.*\n", err)

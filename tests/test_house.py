@@ -28,7 +28,8 @@ FLOORS = [
     | {"metrics", "schedules", "operations", "rounding"},
     {"models", "optimizers", "batches", "history", "blocked"}
     | {"gradients", "regression", "checkpoints"},
-    {"cpu_layers", "one_pass", "fused", "fused_populations", "steps", "training"},
+    {"cpu_populations", "population_runs", "populations", "searches"}
+    | {"cpu_layers", "one_pass", "fused", "fused_populations", "steps", "training"},
     {"doctor", "recordings", "rivals", "workloads", "peers", "cli", "__main__"},
 ]
 # On one floor, a module may use those to its left.
@@ -42,7 +43,11 @@ NEIGHBOURS += [
 NEIGHBOURS += [("model_files", "timing"), ("plots", "timing"), ("models", "optimizers")]
 NEIGHBOURS += [("one_pass", "steps"), ("fused", "steps"), ("fused", "training")]
 NEIGHBOURS += [("steps", "training"), ("fused", "fused_populations")]
-NEIGHBOURS += [("cpu_layers", "steps")]
+NEIGHBOURS += [("cpu_layers", "cpu_populations"), ("cpu_layers", "steps")]
+NEIGHBOURS += [("cpu_populations", "steps")]
+NEIGHBOURS += [("steps", "population_runs"), ("training", "population_runs")]
+NEIGHBOURS += [("training", "populations"), ("population_runs", "populations")]
+NEIGHBOURS += [(name, "searches") for name in ("training", "population_runs", "populations")]
 NEIGHBOURS += [("models", "gradients"), ("models", "regression")]
 NEIGHBOURS += [("doctor", "cli"), ("recordings", "cli"), ("cli", "__main__")]
 NEIGHBOURS += [("rivals", "workloads"), ("rivals", "peers"), ("workloads", "peers")]

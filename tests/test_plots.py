@@ -233,3 +233,59 @@ def test_the_shortest_pieces_of_a_time_line_can_be_seen():
     host, device = axis.collections
     assert device.get_linewidth()[0] > host.get_linewidth()[0]
     assert np.allclose(device.get_edgecolor(), device.get_facecolor())
+
+
+def test_a_distribution_counts_every_model_once():
+    rng = np.random.default_rng(0)
+    losses = np.concatenate([rng.uniform(0.5, 2, 50), [1e20, np.nan, np.nan]])
+    axis = plots.distribution(losses, "validation_loss", "models").axes[0]
+    assert sum(bar.get_height() for bar in axis.patches) == 50
+    assert axis.get_xlabel() == "validation loss; not shown: 2 diverged, 1 far above"
+    assert axis.lines[0].get_xdata()[0] == np.nanmin(losses)
+    assert axis.lines[1].get_xdata()[0] == np.nanmedian(losses)
+    assert axis.get_xscale() == "linear"
+    assert plots.distribution([0.01, 0.1, 0.2], "loss", "").axes[0].get_xscale() == "log"
+    axis = plots.distribution([0.1, 0.9, 0.9], "accuracy", "").axes[0]
+    assert axis.lines[0].get_xdata()[0] == 0.9  # of scores the greatest is the best
+    equal = plots.distribution([0.3, 0.3], "loss", "").axes[0]
+    assert sum(bar.get_height() for bar in equal.patches) == 2
+    with pytest.raises(ValueError, match="no model has a finite number"):
+        plots.distribution([np.nan], "loss", "")
+
+
+def test_losses_by_learning_rate_mark_the_best_and_those_that_are_lost():
+    rates, losses = [0.001, 0.01, 0.1, 1, 10, 100], [2.0, 1.0, 0.5, 1e9, np.nan, np.inf]
+    axis = plots.loss_by_learning_rate(rates, losses, "loss", "").axes[0]
+    points, best, far, lost = (np.asarray(c.get_offsets()) for c in axis.collections)
+    np.testing.assert_allclose(points, np.transpose([rates[:3], losses[:3]]))
+    np.testing.assert_allclose(best, [[0.1, 0.5]])
+    assert far[:, 0].tolist() == [1]
+    assert lost[:, 0].tolist() == [10, 100]
+    labels = [text.get_text() for text in axis.get_legend().get_texts()]
+    assert labels == ["best: 0.5 at 0.1", "1 far above", "2 diverged"]
+    axis = plots.loss_by_learning_rate([1, 2], [0.2, 0.7], "accuracy", "").axes[0]
+    np.testing.assert_allclose(axis.collections[1].get_offsets(), [[2, 0.7]])
+    assert axis.get_yscale() == "linear"
+    for wrong in (([1], [1, 2]), ([[1]], [[1]])):
+        with pytest.raises(ValueError, match="expected one for one"):
+            plots.loss_by_learning_rate(*wrong, "loss", "")
+    with pytest.raises(ValueError, match="no model has a finite number"):
+        plots.loss_by_learning_rate([1], [np.nan], "loss", "")
+
+
+def test_a_surface_has_a_path_for_each_model_up_to_where_it_was_lost():
+    first, second = np.linspace(-1, 1, 5), np.linspace(-2, 2, 7)
+    losses = first**2 + second[:, None] ** 2
+    paths = np.array([[[0.5, 1.0], [1.0, -1.0]], [[0.2, 0.5], [np.nan, np.nan]]])
+    axis = plots.loss_surface(first, second, losses, paths, ["u", "v"], "models").axes[0]
+    drawn = [line.get_xydata().tolist() for line in axis.lines]
+    assert drawn[0] == [[0.5, 1.0], [0.2, 0.5]]
+    assert drawn[1] == [[0.5, 1.0]]  # the start
+    assert drawn[2] == [[0.2, 0.5]]  # the end
+    assert drawn[3] == [[1.0, -1.0]]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("u", "v")
+    assert axis.get_xlim() == (-1, 1)
+    figure = plots.loss_surface(first, second, losses + 1e-3, paths, ["u", "v"], "")
+    assert figure.axes[1].get_yscale() == "log"
+    with pytest.raises(ValueError, match="expected \\(7, 5\\) and"):
+        plots.loss_surface(first, second, losses.T, paths, ["u", "v"], "")
