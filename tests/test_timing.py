@@ -259,7 +259,11 @@ def test_the_roofline_is_the_lower_of_memory_and_arithmetic():
     assert ceilings.ridge() == 10.0
     point = measurement(n_bytes=4.0, n_operations=8.0)
     figure = ceilings.plot({"work": point})
-    roof, dot = figure.axes[0].lines
+    roof, dot, memory = figure.axes[0].lines
+    x, y = memory.get_data()
+    np.testing.assert_allclose(y, 10.0 * x)  # and no farther than the corner
+    assert x[-1] == 10.0
+    assert memory.get_label() == "memory: 0 GB/s"
     for x, y in zip(roof.get_xdata(), roof.get_ydata(), strict=True):
         assert y == pytest.approx(min(100.0, 10.0 * x))
     assert (list(dot.get_xdata()), list(dot.get_ydata())) == ([2.0], [4.0])
