@@ -23,11 +23,12 @@ from gpuml.batches import GATHERED_BYTES, ArrayBatches, Batch, Batches
 from gpuml.blocking import size_text
 from gpuml.devices import Array, blas_threads, cpu_count, to_host
 from gpuml.errors import DeviceMemoryError, unknown_name
+from gpuml.fused_populations import FusedPopulation, population_limit
 from gpuml.losses import Loss
 from gpuml.models import Model, Parameters
 from gpuml.optimizers import Optimizer, State
 from gpuml.schedules import Schedule, factor_of
-from gpuml.steps import GRAPH_PAYS, EagerStep, GraphStep, graph_limit, set_learning_rate
+from gpuml.steps import FUSED_PAYS, GRAPH_PAYS, EagerStep, GraphStep, graph_limit, set_learning_rate
 from gpuml.training import EVALUATED_ROWS, ProgressBar, largest_product, measured_on
 
 PopulationEngine: TypeAlias = Literal["batched", "graph", "fused"]
@@ -62,7 +63,7 @@ class Task:
         Which the schedule is told.
     shuffle : bool or "each"
     seed : int
-    engine : {"batched", "graph"}
+    engine : {"batched", "graph", "fused"}
     """
 
     model: Model
@@ -130,7 +131,13 @@ class Results:
 
 
 def choose_engine(
-    engine: str | None, model: Model, data: Batches, n_epochs: int
+    engine: str | None,
+    model: Model,
+    loss: Loss,
+    optimizer: Optimizer,
+    data: Batches,
+    n_epochs: int,
+    own_order: bool,
 ) -> tuple[str, str]:
     """Return the engine that is asked for, or the best; and why not a better one.
 
@@ -142,9 +149,10 @@ def choose_engine(
     if engine is not None and engine not in POPULATION_ENGINES:
         raise ValueError(unknown_name("engine", str(engine), POPULATION_ENGINES))
     reasons: list[str] = []
+    n_steps, pays = data.n_steps * n_epochs, {"fused": FUSED_PAYS, "graph": GRAPH_PAYS}
     for name in [engine] if engine else ["fused", "graph", "batched"]:
-        reason = _limit(name, model, data)
-        few = name == "graph" and engine is None and data.n_steps * n_epochs < GRAPH_PAYS
+        reason = _limit(name, model, loss, optimizer, data, own_order)
+        few = engine is None and n_steps < pays.get(name, 0)
         if reason is None and not few:
             return name, "; ".join(reasons)
         if engine:
@@ -154,12 +162,12 @@ def choose_engine(
     raise AssertionError("batched operations train everything")
 
 
-def _limit(engine: str, model: Model, data: Batches) -> str | None:
+def _limit(
+    engine: str, model: Model, loss: Loss, optimizer: Optimizer, data: Batches, own_order: bool
+) -> str | None:
     """Return why an engine cannot train a population, or None if it can."""
     if engine == "fused":
-        if model.device.kind == "cpu":
-            return "its kernels are for GPUs"
-        return "its kernel is not called from here yet"
+        return population_limit(model, loss, optimizer, data, own_order)
     return graph_limit(model, data) if engine == "graph" else None
 
 
@@ -250,6 +258,11 @@ class Group:
             crew.rates = self.step.state["learning_rate"].copy()
         self.losses = task.model.device.xp.zeros((task.data.n_steps, n_models), task.model.dtype)
 
+    @property
+    def engine(self) -> str:
+        """How the steps are taken."""
+        return "batched" if self.step.engine == "eager" else self.step.engine
+
     def set_factor(self, factor: float) -> None:
         """Multiply the learning rates by a schedule's factor."""
         if self.crew.rates is not None:
@@ -295,6 +308,42 @@ class Group:
         mean = shares @ self.losses.astype(np.float64)
         both = to_host(xp.stack([fine.astype(np.float64), mean]))
         return both[0] > 0, both[1]
+
+
+class FusedGroup(Group):
+    """Models whose steps of an epoch are taken in one launch of a kernel."""
+
+    def __init__(self, task: Task, crew: Crew) -> None:
+        super().__init__(task, crew)
+        assert isinstance(task.data, ArrayBatches)
+        self._fused = FusedPopulation(
+            task.model.sizes,
+            task.data.batch_size,
+            task.loss,
+            crew.flat,
+            self.step.state,
+            *task.data.arrays,
+            own_order=task.own_orders,
+        )
+        self.step.state |= self._fused.state  # its numbers lie where the kernel reads them
+        crew.state = {name: self.step.state[name] for name in crew.state}
+
+    @property
+    def engine(self) -> str:
+        """How the steps are taken."""
+        return "fused"
+
+    def train_epoch(self, order: np.ndarray[Any, Any]) -> None:
+        """Take the steps of an epoch.
+
+        Parameters
+        ----------
+        order : numpy.ndarray of shape (n_samples,), or (n_models, n_samples)
+            The rows of the data, batch after batch: for all models, or for each of them.
+        """
+        order = self.model.device.asarray(order[..., None, :], np.int32)
+        rates = self.step.state["learning_rate"].reshape(1, -1)
+        self._fused.launch(order, rates, self.losses[None])
 
 
 @dataclass(frozen=True)
@@ -393,7 +442,8 @@ class Run:
         if n:
             bounds = np.linspace(0, n, _n_groups(self._task, n) + 1).astype(int)
             parts = [slice(a, b) for a, b in itertools.pairwise(bounds.tolist())]
-            self._groups = [Group(self._task, crew.take(part)) for part in parts]
+            kind = FusedGroup if self._task.engine == "fused" else Group
+            self._groups = [kind(self._task, crew.take(part)) for part in parts]
 
     def _one_epoch(self, bar: ProgressBar) -> None:
         task, standing = self._task, self._standing
@@ -417,9 +467,12 @@ class Run:
     def _steps(self, bar: ProgressBar) -> None:
         """Take the steps of an epoch with all groups."""
         data = self._task.data
-        if self._task.own_orders:
+        if self._task.own_orders or self._task.engine == "fused":
             self._sizes[:] = data.batch_size
             self._sizes[-1] = data.n_samples - self._sizes[:-1].sum()
+        if self._task.engine == "fused":
+            self._fused_epoch()
+        elif self._task.own_orders:
             self._each(lambda group: group.train_own(self._is_stopped))
         elif data.streamed and data.batch_size >= data.n_samples:
             self._sizes[0] = data.n_samples
@@ -434,6 +487,17 @@ class Run:
                 first += len(window)
                 window.clear()  # before the next is brought
                 bar.show_step(first)
+
+    def _fused_epoch(self) -> None:
+        """Take the steps of an epoch in a launch for each group."""
+        n = self._task.data.n_samples
+        order = np.arange(n)
+        if self.generator is not None and not self._task.own_orders:
+            order = self.generator.permutation(n)
+        for group in self._groups:
+            assert isinstance(group, FusedGroup)
+            own = [generator.permutation(n) for generator in group.crew.generators]
+            group.train_epoch(np.array(own) if own else order)
 
     def _add_parts(self, data: Batches) -> None:
         """Take one step on data that come in parts."""
@@ -502,7 +566,7 @@ class Run:
         results.epochs[standing.members] = standing.epoch
         results.diverged[standing.members] = False
         for group in self._groups:
-            results.engine = "batched" if group.step.engine == "eager" else group.step.engine
+            results.engine = group.engine
             if group.step.reason:
                 results.note(f"engine {results.engine}: {group.step.reason}")
 

@@ -145,9 +145,11 @@ def train_population(
         the same time. Unless given, data take at most half of a GPU's free memory, and models
         0.8 of the rest, or half of the host's. A larger population is trained in parts, one
         after the other, and says so.
-    engine : {"batched", "graph"}, optional
+    engine : {"batched", "graph", "fused"}, optional
         ``"batched"``: each operation is done for all models at once. ``"graph"``: so, and the
-        step is captured as a CUDA graph. The best unless given, which the population names.
+        step is captured as a CUDA graph. ``"fused"``: MLPs with one hidden layer, an epoch in
+        one launch of a kernel that keeps their weights on the chip. The best unless given, which
+        the population names.
     keep_paths : bool
         Whether to keep the parameters before the first and after each epoch, for pictures of
         few models with few parameters; with ``batch_size=None`` an epoch is a step.
@@ -748,12 +750,15 @@ class Plan:
                 "shuffle='each' needs X and y as arrays that the device holds as a whole; "
                 "shuffle=True gives all models the same batches"
             )
-        engine, self._reason = choose_engine(self._engine, model, data, self.n_epochs)
         # What the optimizer keeps depends on whether there is momentum, and weight decay, at all.
         optimizer = copy.copy(self.optimizer)
         for name in ("momentum", "weight_decay"):
             if name in self.settings:
                 setattr(optimizer, name, float(self.settings[name].max()))
+        own_order = self._shuffle == "each" and data.batch_size < data.n_samples
+        engine, self._reason = choose_engine(
+            self._engine, model, loss, optimizer, data, self.n_epochs, own_order
+        )
         return Task(
             model=model,
             loss=loss,

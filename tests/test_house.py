@@ -43,6 +43,7 @@ NEIGHBOURS += [
 NEIGHBOURS += [("model_files", "timing"), ("plots", "timing"), ("models", "optimizers")]
 NEIGHBOURS += [("one_pass", "steps"), ("fused", "steps"), ("fused", "training")]
 NEIGHBOURS += [("steps", "training"), ("fused", "fused_populations")]
+NEIGHBOURS += [("fused_populations", "population_runs")]
 NEIGHBOURS += [("cpu_layers", "cpu_populations"), ("cpu_layers", "steps")]
 NEIGHBOURS += [("cpu_populations", "steps")]
 NEIGHBOURS += [("steps", "population_runs"), ("training", "population_runs")]

@@ -938,11 +938,85 @@ def test_graphs_are_for_gpus(rng):
 
 def test_on_a_gpu_it_says_why_there_is_no_kernel(device, rng):
     X, y = table(rng, device)
-    population = gpuml.train_population(gpuml.MLP(SIZES, device=device), X, y, n_models=2)
+    settings = {"n_models": 2, "n_epochs": 90}  # so many that a kernel would pay
+    population = gpuml.train_population(gpuml.MLP(SIZES, device=device), X, y, **settings)
     if device.kind == "gpu":
-        assert population.notes[0].startswith("engine batched: not fused, since ")
+        said = "not fused, since it is for one hidden layer, and these models have 2"
+        assert population.notes[0] == f"engine batched: {said}"
     else:
         assert population.notes == []
+
+
+class StandIn:
+    """Takes the steps of a launch one by one, where there is no kernel."""
+
+    def __init__(self, sizes, batch_size, loss, flat, state, X, y, *, own_order):
+        model = stack(gpuml.MLP(sizes, dtype=flat.dtype, device="cpu"), flat)
+        optimizer = gpuml.Adam() if "m" in state else gpuml.GradientDescent()
+        self._step = population_runs.EagerStep(model, loss, optimizer)
+        self._step.state = self.state = {name: array.copy() for name, array in state.items()}
+        self._data, self._batch_size, self._own_order = (X, y), batch_size, own_order
+
+    def launch(self, order, rates, losses):
+        assert order.dtype == np.int32
+        assert order.ndim == 2 + self._own_order
+        assert len(rates) == len(losses) == order.shape[-2] == 1
+        self._step.state["learning_rate"][...] = rates[0, :, None]
+        rows, size = order[..., 0, :], self._batch_size
+        for i in range(losses.shape[1]):
+            chosen = rows[..., i * size : (i + 1) * size]
+            losses[0, i] = self._step(*(a[chosen] for a in self._data))
+
+
+@pytest.fixture
+def kernel(device, monkeypatch):
+    """The kernel of populations on a GPU, and a stand-in elsewhere."""
+    if device.kind == "cpu":
+        monkeypatch.setattr(population_runs, "FusedPopulation", StandIn)
+        monkeypatch.setattr(population_runs, "population_limit", lambda *_: None)
+
+
+@pytest.mark.parametrize("kind", ["classes", "numbers"])
+@pytest.mark.parametrize("shuffle", [True, False, "each"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_epochs_in_one_launch_are_those_of_steps(kernel, device, rng, name, shuffle, kind):
+    X, y = table(rng, device, kind=kind)
+    optimizer, varied = SETTINGS[name]
+    rates = np.geomspace(0.003, 0.1, 5) * (0.1 if optimizer is gpuml.Adam else 1)
+    rates[3] = 1e30  # one diverges, and leaves the others
+    settings = {
+        "n_models": 5,
+        "learning_rates": rates,
+        "optimizer": optimizer(),
+        "n_epochs": 4,
+        "batch_size": 16,
+        "shuffle": shuffle,
+        "validation_data": (X[:30], y[:30]),
+        "schedule": "cosine",
+    } | varied
+    found, expected = (
+        gpuml.train_population(gpuml.MLP([6, 9, 3], device=device), X, y, engine=engine, **settings)
+        for engine in ("fused", "batched")
+    )
+    assert (found.engine, expected.engine) == ("fused", "batched")
+    assert found.diverged.tolist() == expected.diverged.tolist()
+    assert found.epochs.tolist() == expected.epochs.tolist()
+    assert found.diverged[3]
+    assert found.diverged.sum() == 1
+    a, b = (to_host(p.parameters.flat) for p in (found, expected))
+    assert np.linalg.norm(a - b) < 1e-4 * np.linalg.norm(b)
+    for column, values in expected.columns.items():
+        np.testing.assert_allclose(found.columns[column], values, rtol=1e-3, err_msg=column)
+
+
+def test_the_kernel_is_chosen_where_it_pays(kernel, device, rng):
+    X, y = table(rng, device)
+    model = gpuml.MLP([6, 9, 3], device=device)
+    few, many = (
+        gpuml.train_population(model, X, y, n_models=3, batch_size=16, n_epochs=n) for n in (1, 80)
+    )
+    assert (few.engine, many.engine) == ("batched", "fused")
+    assert many.notes == []
 
 
 def test_a_graph_trains_what_batches_train(device, rng):
