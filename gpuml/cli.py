@@ -88,6 +88,7 @@ examples:
   gpuml bench --peers --workload digits,mnist
   gpuml bench --peers --sizes 100,512,512,20 --batch 256
   gpuml bench --peers --workload wide --precision tf32 --save mine.json
+  gpuml bench --peers --workload population --models 64
 """
 
 EXIT_CODES = """\
@@ -304,7 +305,7 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         "--workload",
         type=_names,
         metavar="NAMES",
-        help="with --peers: digits, mnist, wide, some with commas between them "
+        help="with --peers: digits, mnist, wide, population, some with commas between them "
         "(all on a GPU, digits on the CPU)",
     )
     bench.add_argument(
@@ -321,6 +322,11 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         "--steps",
         type=_positive_int,
         help="with --peers: steps in an epoch (those of the workload)",
+    )
+    bench.add_argument(
+        "--models",
+        type=_positive_int,
+        help="with --workload population or --sizes: train so many models at once (1,024; one)",
     )
     bench.add_argument(
         "--precision",
@@ -831,7 +837,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    for name in ("workload", "sizes", "batch", "steps", "precision"):
+    for name in ("workload", "sizes", "batch", "steps", "models", "precision"):
         if getattr(options, name) is not None and not options.peers:
             raise CallError(f"--{name} needs --peers")
     return _bench_peers(options) if options.peers else _bench_machine(options)
@@ -922,11 +928,18 @@ def _workloads(options: argparse.Namespace, device: Device) -> list[Workload]:
     if names is None and options.sizes is None:
         names = list(WORKLOADS) if device.kind == "gpu" else ["digits"]
     precisions = options.precision or ()
-    found = workloads(names or (), device, precisions=precisions, n_steps=options.steps)
+    n_models = options.models
+    if n_models is not None and options.sizes is None and "population" not in (names or ()):
+        raise CallError("--models needs --workload population, or --sizes")
+    found = workloads(
+        names or (), device, precisions=precisions, n_steps=options.steps, n_models=n_models
+    )
     if options.sizes is not None:
         batch = options.batch or 64
-        name = f"{'-'.join(map(str, options.sizes))}, batch {batch}"
-        own = Workload(name, tuple(options.sizes), batch, options.steps or 64)
+        many = "" if n_models is None else f"{n_models:,} × "
+        name = f"{many}{'-'.join(map(str, options.sizes))}, batch {batch}"
+        sizes = tuple(options.sizes)
+        own = Workload(name, sizes, batch, options.steps or 64, n_models=n_models)
         found += in_precisions(own, device, precisions or PRECISIONS[:1])
     return found
 

@@ -19,7 +19,7 @@ from gpuml.devices import Array, device_of
 from gpuml.kernels import load_kernel
 from gpuml.losses import Loss, softmax_cross_entropy
 from gpuml.models import Model
-from gpuml.optimizers import Adam, Optimizer, State
+from gpuml.optimizers import Optimizer, State
 
 MOST_BATCH = 256
 MOST_WARPS = 4  # of a model; more of them wait for each other more often
@@ -27,6 +27,8 @@ MOST_THREADS = 512  # of a block: each may have 128 registers, and needs up to 1
 MOST_MODELS = 15  # of a block: each has a barrier of its own, and there are 16
 WIDTH = 4
 REGISTERS, MOST_RESIDENT = 65536, 2048  # of a multiprocessor: registers, and threads
+
+VECTORS = "velocity", "m", "v"  # of the optimizers' states
 
 # Time of a step, reckoned: so much for the first model of a multiprocessor, in that of each more.
 LATENCY = 2
@@ -73,10 +75,15 @@ class PopulationPlan:
         return tuple(f"-D{name}={value}" for name, value in sizes.items())
 
 
-def population_limit(
-    model: Model, loss: Loss, optimizer: Optimizer, data: Batches, own_order: bool = False
-) -> str | None:
-    """Return why models like this one cannot be trained by the fused kernel, or None if they can.
+def population_plan(
+    model: Model,
+    loss: Loss,
+    optimizer: Optimizer,
+    data: Batches,
+    n_models: int,
+    own_order: bool = False,
+) -> PopulationPlan | str:
+    """Return how models like this one are held by the fused kernel, or why they cannot be.
 
     Parameters
     ----------
@@ -84,30 +91,30 @@ def population_limit(
         A template of all.
     loss : callable
     optimizer : Optimizer
+        With a momentum if any of them has one.
     data : Batches
+    n_models : int
     own_order : bool
         Whether each model has its own order of the samples.
 
     Returns
     -------
-    str or None
+    PopulationPlan or str
         A reason for people.
     """
     reason = fused.general_limit(model, loss, optimizer, data)
     if reason is not None:
         return reason
-    # One model could have a momentum where the template has none.
-    n_states = 2 if isinstance(optimizer, Adam) else 1
-    plan = plan_population(
+    state = optimizer.init(model.parameters)
+    return plan_population(
         model.sizes,
         data.batch_size,
         loss,
-        n_states,
-        1,
+        sum(name in state for name in VECTORS),
+        n_models,
         own_order=own_order,
         device=model.device.index,
     )
-    return plan if isinstance(plan, str) else None
 
 
 def plan_population(
@@ -279,7 +286,7 @@ class FusedPopulation:
     ) -> None:
         device = device_of(flat)
         xp, n_models = device.xp, len(flat)
-        vectors = [state[name] for name in ("velocity", "m", "v") if name in state]
+        vectors = [state[name] for name in VECTORS if name in state]
         for array in (flat, *vectors):
             if array.dtype != np.float32 or not array.flags.c_contiguous:
                 raise ValueError("the parameters of a population must be contiguous float32")
@@ -312,7 +319,7 @@ class FusedPopulation:
         """The arrays that training changes."""
         return [self._flat, self._numbers, *self._vectors]
 
-    def launch(self, order: Array, rates: Array, losses: Array) -> None:
+    def launch(self, order: Array, rates: Array, losses: Array, kept: Array | None = None) -> None:
         """Train for some epochs; the host does not wait.
 
         Parameters
@@ -324,11 +331,15 @@ class FusedPopulation:
             The learning rate of each epoch and model.
         losses : cupy.ndarray of float32, shape (n_epochs, n_steps, n_models)
             Written: the loss of each model before each step.
+        kept : cupy.ndarray of float32, shape (n_epochs, n_models, n_parameters), optional
+            Written: the parameters after each epoch.
         """
         plan, n_models = self.plan, len(self._flat)
         first, second = (*self._vectors, self._none, self._none)[:2]
         X, y = self._data
-        arguments = (X, y, order, self._flat, first, second, rates, self._numbers, losses)
+        vectors = self._flat, first, second
+        where = np.uint64(0) if kept is None else kept
+        arguments = (X, y, order, *vectors, rates, self._numbers, losses, where)
         ends = np.int32(len(X)), np.int32(len(rates)), np.int32(n_models)
         blocks = -(-n_models // plan.models)
         self._kernel((blocks,), (plan.threads,), (*arguments, *ends), shared_mem=plan.shared_bytes)

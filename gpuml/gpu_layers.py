@@ -347,6 +347,33 @@ class EpochEnd:
         return mean
 
 
+def epochs_end(weights: Array, losses: Array, shares: Array) -> Array:
+    """Return how some epochs of many models ended, on the device.
+
+    Parameters
+    ----------
+    weights : cupy.ndarray of shape (n_epochs, n_models, n_parameters)
+        Those after each epoch; float32 or float64.
+    losses : cupy.ndarray of shape (n_epochs, n_steps, n_models)
+    shares : cupy.ndarray of float64, shape (n_steps,)
+        Of the epoch's samples in each step.
+
+    Returns
+    -------
+    cupy.ndarray of float64, shape (2, n_epochs, n_models)
+        First 1 where weights and losses are all finite, else 0; then the mean losses.
+    """
+    import cupy
+
+    n_epochs, n_models, size = weights.shape
+    ends = cupy.empty((2, n_epochs, n_models), np.float64)
+    sizes = np.int64(size), np.int32(losses.shape[1])
+    kernel = _epochs_end(_name(weights))
+    arguments = (weights, sizes[0], losses, shares, sizes[1], *ends)
+    kernel((n_models, n_epochs), (THREADS,), arguments)
+    return ends
+
+
 def _launch(kernel: Any, n: int, arguments: tuple[Any, ...]) -> None:
     if n:
         kernel((min(MOST_BLOCKS, -(-n // THREADS)),), (THREADS,), arguments)
@@ -397,6 +424,12 @@ def _softmax(number: str) -> tuple[Any, Any, Any]:
 def _epoch_end(number: str) -> tuple[Any, Any]:
     options = (f"-DNUMBER={_c_type(number)}", f"-DTHREADS={THREADS}")
     return _pair("epoch_end", "epoch_end_keep", options)
+
+
+@cache
+def _epochs_end(number: str) -> Any:
+    options = (f"-DNUMBER={_c_type(number)}", f"-DTHREADS={THREADS}")
+    return load_kernel("epochs_end", options=options)
 
 
 @cache

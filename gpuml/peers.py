@@ -40,6 +40,7 @@ OWN_START = {SCIKIT_LEARN: 0.5}
 
 GPU_RIVALS = tuple(name for name in RIVALS if name not in ("gpuml", SCIKIT_LEARN))
 CPU_RIVALS = ("gpuml", SCIKIT_LEARN, "PyTorch eager", "JAX scan")
+POPULATION_RIVALS = ("gpuml fused", "gpuml graph", "gpuml eager", "PyTorch eager", "JAX scan")
 PROCESS_RIVALS = ("gpuml", "PyTorch eager", "PyTorch step graph", "JAX scan", SCIKIT_LEARN)
 
 N_ROUNDS = 5
@@ -462,7 +463,9 @@ def compare_rivals(
     """
     where = get_device(device)
     floor, bound = workload.floor(ceilings or measure_ceilings(where))
-    names = rivals or (CPU_RIVALS if where == CPU else GPU_RIVALS)
+    many = workload.n_models is not None
+    usual = CPU_RIVALS if where == CPU else POPULATION_RIVALS if many else GPU_RIVALS
+    names = rivals or [name for name in usual if not (many and name == SCIKIT_LEARN)]
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         workload.write(folder)
         task = workload.task(folder, where)

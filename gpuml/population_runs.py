@@ -19,20 +19,25 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
+from gpuml import gpu_layers
 from gpuml.batches import GATHERED_BYTES, ArrayBatches, Batch, Batches
 from gpuml.blocking import size_text
-from gpuml.devices import Array, blas_threads, cpu_count, to_host
+from gpuml.devices import Array, blas_threads, cpu_count, device_of, to_host
 from gpuml.errors import DeviceMemoryError, unknown_name
-from gpuml.fused_populations import FusedPopulation, population_limit
+from gpuml.fused_populations import FusedPopulation, PopulationPlan, population_plan
 from gpuml.losses import Loss
 from gpuml.models import Model, Parameters
 from gpuml.optimizers import Optimizer, State
 from gpuml.schedules import Schedule, factor_of
-from gpuml.steps import FUSED_PAYS, GRAPH_PAYS, EagerStep, GraphStep, graph_limit, set_learning_rate
+from gpuml.steps import EagerStep, GraphStep, graph_limit, set_learning_rate
 from gpuml.training import EVALUATED_ROWS, ProgressBar, largest_product, measured_on
 
 PopulationEngine: TypeAlias = Literal["batched", "graph", "fused"]
 POPULATION_ENGINES = ("batched", "graph", "fused")
+
+# From so many steps on it pays to compile a kernel for the sizes of the models, or to capture a
+# step: one of batched operations takes a millisecond for up to a thousand small models.
+PAYS = {"fused": 200, "graph": 1000}
 
 # Outputs of the widest layer, over a batch and the models of a group: with fewer a second thread
 # costs more than it brings, with more the arrays leave the processor's cache (measured by
@@ -41,6 +46,11 @@ LEAST_NUMBERS, MOST_NUMBERS = 2**15, 2**16
 
 # Rows in one forward pass of many models where no gradient is needed, at least.
 LEAST_ROWS = 256
+
+# Of weights after each epoch that a launch keeps, if it is of several; so long may it take, in
+# seconds, since Ctrl-C waits for its end.
+KEPT_BYTES = 2**28
+LONG = 0.1
 
 # The share of the free memory that models may take unless there is a limit.
 MODEL_SHARE = {"gpu": 0.8, "cpu": 0.5}
@@ -64,6 +74,8 @@ class Task:
     shuffle : bool or "each"
     seed : int
     engine : {"batched", "graph", "fused"}
+    plan : PopulationPlan or None
+        Of the fused kernel.
     """
 
     model: Model
@@ -76,6 +88,7 @@ class Task:
     shuffle: bool | Literal["each"]
     seed: int
     engine: str
+    plan: PopulationPlan | None = None
 
     @property
     def own_orders(self) -> bool:
@@ -108,15 +121,32 @@ class Results:
         )  # from the start to each epoch's end
         self.factors = np.full(self.n_epochs, np.nan)  # of the learning rates, by a schedule
         self.begin = time.perf_counter()
+        self._told = 0.0  # seconds, at the end of the last epoch
         self.epochs = np.zeros(len(self.flat), int)
         self.diverged = np.zeros(len(self.flat), bool)
 
-    def write(self, epoch: int, members: Any, rows: dict[str, np.ndarray[Any, Any]]) -> None:
-        """Write the numbers of some models for an epoch, counted from 0."""
+    def write(
+        self, first: int, members: Any, ended: Any, rows: dict[str, np.ndarray[Any, Any]]
+    ) -> None:
+        """Write the numbers of some models for some epochs.
+
+        Parameters
+        ----------
+        first : int
+            The first of the epochs, counted from 0.
+        members : numpy.ndarray of int
+        ended : numpy.ndarray of bool, shape (n_epochs, n_models)
+            Which of the epochs ended well; of others nothing is written.
+        rows : dict of str to numpy.ndarray of shape (n_epochs, n_models)
+        """
+        epochs = np.arange(first, first + len(ended))
+        now = time.perf_counter() - self.begin
+        seconds = np.linspace(self._told, now, len(ended) + 1)[1:, None]
+        self._told = now
         for name, values in rows.items():
             table = self.columns.setdefault(name, np.full_like(self.columns["loss"], np.nan))
-            table[epoch, members] = values
-        self.seconds[epoch, members] = time.perf_counter() - self.begin
+            table[epochs[:, None], members] = np.where(ended, values, np.nan)
+        self.seconds[epochs[:, None], members] = np.where(ended, seconds, np.nan)
 
     def note(self, text: str) -> None:
         """Add a note, once."""
@@ -136,10 +166,12 @@ def choose_engine(
     loss: Loss,
     optimizer: Optimizer,
     data: Batches,
+    *,
+    n_models: int,
     n_epochs: int,
     own_order: bool,
-) -> tuple[str, str]:
-    """Return the engine that is asked for, or the best; and why not a better one.
+) -> tuple[str, PopulationPlan | None, str]:
+    """Return the engine that is asked for, or the best; its plan; and why not a better one.
 
     Raises
     ------
@@ -149,26 +181,22 @@ def choose_engine(
     if engine is not None and engine not in POPULATION_ENGINES:
         raise ValueError(unknown_name("engine", str(engine), POPULATION_ENGINES))
     reasons: list[str] = []
-    n_steps, pays = data.n_steps * n_epochs, {"fused": FUSED_PAYS, "graph": GRAPH_PAYS}
+    n_steps = data.n_steps * n_epochs
     for name in [engine] if engine else ["fused", "graph", "batched"]:
-        reason = _limit(name, model, loss, optimizer, data, own_order)
-        few = engine is None and n_steps < pays.get(name, 0)
+        plan: PopulationPlan | str | None = None
+        if name == "fused":
+            plan = population_plan(model, loss, optimizer, data, n_models, own_order)
+        reason = plan if isinstance(plan, str) else None
+        if name == "graph":
+            reason = graph_limit(model, data)
+        few = engine is None and n_steps < PAYS.get(name, 0)
         if reason is None and not few:
-            return name, "; ".join(reasons)
+            return name, plan, "; ".join(reasons)  # type: ignore[return-value]
         if engine:
             raise ValueError(f"engine='{engine}' cannot train this population: {reason}")
-        if reason and model.device.kind == "gpu":
+        if reason and not few and model.device.kind == "gpu":
             reasons.append(f"not {name}, since {reason}")
     raise AssertionError("batched operations train everything")
-
-
-def _limit(
-    engine: str, model: Model, loss: Loss, optimizer: Optimizer, data: Batches, own_order: bool
-) -> str | None:
-    """Return why an engine cannot train a population, or None if it can."""
-    if engine == "fused":
-        return population_limit(model, loss, optimizer, data, own_order)
-    return graph_limit(model, data) if engine == "graph" else None
 
 
 def stack(model: Model, flat: Array) -> Model:
@@ -301,17 +329,13 @@ class Group:
             )
         return value
 
-    def end(self, shares: Array) -> tuple[Any, Any]:
-        """Return on the host whether each model is finite, and its mean loss."""
-        xp = self.model.device.xp
-        fine = xp.isfinite(self.losses).all(axis=0) & xp.isfinite(self.crew.flat).all(axis=1)
-        mean = shares @ self.losses.astype(np.float64)
-        both = to_host(xp.stack([fine.astype(np.float64), mean]))
-        return both[0] > 0, both[1]
+    def end(self, shares: Array) -> Array:
+        """Return whether each model is finite, and its mean loss: of shape (2, 1, n_models)."""
+        return ends_of(self.crew.flat[None], self.losses[None], shares)
 
 
 class FusedGroup(Group):
-    """Models whose steps of an epoch are taken in one launch of a kernel."""
+    """Models whose steps of some epochs are taken in one launch of a kernel."""
 
     def __init__(self, task: Task, crew: Crew) -> None:
         super().__init__(task, crew)
@@ -324,7 +348,10 @@ class FusedGroup(Group):
             self.step.state,
             *task.data.arrays,
             own_order=task.own_orders,
+            plan=task.plan,  # the same for fewer models: another would have to be compiled
         )
+        self._kept: Array | None = None
+        self._rates = to_host(crew.rates).reshape(1, -1)
         self.step.state |= self._fused.state  # its numbers lie where the kernel reads them
         crew.state = {name: self.step.state[name] for name in crew.state}
 
@@ -333,17 +360,68 @@ class FusedGroup(Group):
         """How the steps are taken."""
         return "fused"
 
-    def train_epoch(self, order: np.ndarray[Any, Any]) -> None:
-        """Take the steps of an epoch.
+    @property
+    def most_epochs(self) -> int:
+        """How many epochs to take in one launch at most: what they keep lies on the device."""
+        n_models, n_parameters = self.crew.flat.shape
+        each = n_parameters + len(self.losses)
+        if self._task.own_orders:
+            each += self._task.data.n_samples
+        return max(1, int(KEPT_BYTES // (4 * n_models * each)))
+
+    def train_epochs(self, orders: Array, factors: Array, shares: Array) -> tuple[Array, Array]:
+        """Take the steps of some epochs.
 
         Parameters
         ----------
-        order : numpy.ndarray of shape (n_samples,), or (n_models, n_samples)
+        orders : numpy.ndarray of shape (n_epochs, n_samples), or (n_models, n_epochs, n_samples)
             The rows of the data, batch after batch: for all models, or for each of them.
+        factors : numpy.ndarray of shape (n_epochs,)
+            Of the learning rates, by a schedule.
+        shares : array of float64, shape (n_steps,)
+            Of the epoch's samples in each step.
+
+        Returns
+        -------
+        weights : array of shape (n_epochs, n_models, n_parameters)
+            Those after each epoch.
+        ends : array of shape (2, n_epochs, n_models)
+            See :func:`ends_of`.
         """
-        order = self.model.device.asarray(order[..., None, :], np.int32)
-        rates = self.step.state["learning_rate"].reshape(1, -1)
-        self._fused.launch(order, rates, self.losses[None])
+        device, n_epochs = self.model.device, len(factors)
+        if self._kept is None or len(self._kept) < n_epochs:
+            self._kept = None  # first, so that there is room
+            self._kept = device.xp.empty((n_epochs, *self.crew.flat.shape), np.float32)
+        kept = self._kept[:n_epochs]
+        losses = device.xp.empty((n_epochs, *self.losses.shape), np.float32)
+        rates = self._rates * factors.astype(np.float32)[:, None]
+        order = device.asarray(orders, np.int32)
+        self._fused.launch(order, device.asarray(rates), losses, kept)
+        return kept, ends_of(kept, losses, shares)
+
+
+def ends_of(weights: Array, losses: Array, shares: Array) -> Array:
+    """Return how some epochs of many models ended.
+
+    Parameters
+    ----------
+    weights : array of shape (n_epochs, n_models, n_parameters)
+        Those after each epoch.
+    losses : array of shape (n_epochs, n_steps, n_models)
+    shares : array of float64, shape (n_steps,)
+        Of the epoch's samples in each step.
+
+    Returns
+    -------
+    array of float64, shape (2, n_epochs, n_models)
+        First 1 where weights and losses are all finite, else 0; then the mean losses.
+    """
+    device = device_of(weights)
+    if device.kind == "gpu" and weights.dtype.itemsize >= 4:
+        return gpu_layers.epochs_end(weights, losses, shares)
+    xp = device.xp
+    fine = xp.isfinite(losses).all(axis=1) & xp.isfinite(weights).all(axis=2)
+    return xp.stack([fine.astype(np.float64), shares @ losses.astype(np.float64)])
 
 
 @dataclass(frozen=True)
@@ -420,7 +498,7 @@ class Run:
                 self._pool = context.enter_context(ThreadPoolExecutor(n_threads))
             try:
                 while len(self.members) and self.epoch < n_epochs:
-                    self._one_epoch(bar)
+                    self._go_on(n_epochs, bar)
             finally:
                 self._stopped = True  # threads that are under way take no further step
                 self._finish()
@@ -445,34 +523,43 @@ class Run:
             kind = FusedGroup if self._task.engine == "fused" else Group
             self._groups = [kind(self._task, crew.take(part)) for part in parts]
 
-    def _one_epoch(self, bar: ProgressBar) -> None:
+    def _go_on(self, n_epochs: int, bar: ProgressBar) -> None:
+        """Train for an epoch, or some, but not beyond so many in all."""
         task, standing = self._task, self._standing
+        factor = self._factors(1)[0]
         if task.schedule is not None:
-            factor = factor_of(task.schedule, standing.epoch, task.n_epochs)
-            self._results.factors[standing.epoch] = factor
             for group in self._groups:
                 group.set_factor(factor)
         self._steps(bar)
         shares = task.model.device.asarray(self._sizes / self._sizes.sum())
-        ends = [group.end(shares) for group in self._groups]
-        fine = np.concatenate([end[0] for end in ends])
-        rows = {"loss": np.concatenate([end[1] for end in ends])}
+        ends = np.concatenate([to_host(group.end(shares)) for group in self._groups], axis=2)
+        weights = self._xp.concatenate([group.crew.flat for group in self._groups])
+        rows = {"loss": ends[1]}
         if task.held_out is not None:
-            rows |= self._measure(task.held_out)
-            fine &= np.isfinite(rows["validation_loss"])
-        self._note(fine, rows)
-        best = {n: float(np.fmin.reduce(v)) for n, v in rows.items() if n.endswith("loss")}
-        bar.show_epoch({"epoch": standing.epoch + 1} | best)
+            rows |= {name: values[None] for name, values in self._measure(task.held_out).items()}
+        self._note(ends[0] > 0, rows, weights[None], weights)
+        self._show(bar, standing.epoch, rows)
+
+    def _factors(self, n: int) -> np.ndarray[Any, Any]:
+        """Return what learning rates are multiplied by in each of the next epochs."""
+        task, epochs = self._task, range(self.epoch, self.epoch + n)
+        if task.schedule is None:
+            return np.ones(n)
+        factors = np.array([factor_of(task.schedule, e, task.n_epochs) for e in epochs])
+        self._results.factors[self.epoch : self.epoch + n] = factors
+        return factors
+
+    def _show(self, bar: ProgressBar, first: int, rows: dict[str, np.ndarray[Any, Any]]) -> None:
+        """Move the bar to the end of some epochs, and show the best losses."""
+        best = {n: np.fmin.reduce(v, axis=1) for n, v in rows.items() if n.endswith("loss")}
+        for i in range(len(rows["loss"])):
+            bar.show_epoch({"epoch": first + i + 1} | {n: float(v[i]) for n, v in best.items()})
 
     def _steps(self, bar: ProgressBar) -> None:
         """Take the steps of an epoch with all groups."""
         data = self._task.data
-        if self._task.own_orders or self._task.engine == "fused":
-            self._sizes[:] = data.batch_size
-            self._sizes[-1] = data.n_samples - self._sizes[:-1].sum()
-        if self._task.engine == "fused":
-            self._fused_epoch()
-        elif self._task.own_orders:
+        if self._task.own_orders:
+            self._sizes[:] = whole_sizes(data)
             self._each(lambda group: group.train_own(self._is_stopped))
         elif data.streamed and data.batch_size >= data.n_samples:
             self._sizes[0] = data.n_samples
@@ -487,17 +574,6 @@ class Run:
                 first += len(window)
                 window.clear()  # before the next is brought
                 bar.show_step(first)
-
-    def _fused_epoch(self) -> None:
-        """Take the steps of an epoch in a launch for each group."""
-        n = self._task.data.n_samples
-        order = np.arange(n)
-        if self.generator is not None and not self._task.own_orders:
-            order = self.generator.permutation(n)
-        for group in self._groups:
-            assert isinstance(group, FusedGroup)
-            own = [generator.permutation(n) for generator in group.crew.generators]
-            group.train_epoch(np.array(own) if own else order)
 
     def _add_parts(self, data: Batches) -> None:
         """Take one step on data that come in parts."""
@@ -537,25 +613,44 @@ class Run:
     def _is_stopped(self) -> bool:
         return self._stopped
 
-    def _note(self, fine: Any, rows: dict[str, np.ndarray[Any, Any]]) -> None:
-        """Write an epoch's numbers; leave the models behind that did not end it well."""
+    def _note(
+        self, fine: Any, rows: dict[str, np.ndarray[Any, Any]], weights: Array, last: Array
+    ) -> None:
+        """Write the numbers of some epochs; leave the models behind that did not end them well.
+
+        Parameters
+        ----------
+        fine : numpy.ndarray of bool, shape (n_epochs, n_models)
+        rows : dict of str to numpy.ndarray of shape (n_epochs, n_models)
+        weights : array of shape (n_epochs, n_models, n_parameters)
+            Those after each epoch.
+        last : array of shape (n_models, n_parameters)
+            Those after the last, in memory that stays as it is.
+        """
         results, standing = self._results, self._standing
-        good, bad = np.flatnonzero(fine), standing.members[~fine]
-        results.write(
-            standing.epoch,
-            standing.members[good],
-            {name: values[good] for name, values in rows.items()},
-        )
-        weights = self._xp.concatenate([group.crew.flat for group in self._groups])
-        if len(bad):
-            results.flat[bad] = standing.weights[np.flatnonzero(~fine)]
-            results.epochs[bad], results.diverged[bad] = standing.epoch, True
-            weights = weights[good]
+        if "validation_loss" in rows:
+            fine = fine & np.isfinite(rows["validation_loss"])
+        ended = np.logical_and.accumulate(fine)
+        n_ended = ended.sum(axis=0)
+        results.write(standing.epoch, standing.members, ended, rows)
         if results.paths is not None:
-            results.paths[standing.epoch + 1, standing.members[good]] = to_host(weights)
-        self._standing = _Standing(standing.members[good], weights, standing.epoch + 1)
-        if len(bad):
-            self._divide(self.crew().take(good))
+            epochs = np.arange(len(fine))[:, None] + standing.epoch + 1
+            results.paths[epochs, standing.members] = np.where(
+                ended[..., None], to_host(weights), np.nan
+            )
+        bad = n_ended < len(fine)
+        for n in np.unique(n_ended[bad]).tolist():
+            places = np.flatnonzero(n_ended == n)
+            good = weights[n - 1] if n else standing.weights
+            results.flat[standing.members[places]] = good[places]
+        results.epochs[standing.members[bad]] = standing.epoch + n_ended[bad]
+        results.diverged[standing.members[bad]] = True
+        stay = np.flatnonzero(~bad)
+        if bad.any():
+            last = last[stay]
+        self._standing = _Standing(standing.members[stay], last, standing.epoch + len(fine))
+        if bad.any():
+            self._divide(self.crew().take(stay))
 
     def _finish(self) -> None:
         """Write the weights of the last epoch that ended, and what was found out on the way."""
@@ -569,6 +664,61 @@ class Run:
             results.engine = group.engine
             if group.step.reason:
                 results.note(f"engine {results.engine}: {group.step.reason}")
+
+
+class FusedRun(Run):
+    """Training by a kernel that takes the steps of some epochs in one launch."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._n = 1  # epochs of the next launch
+        self._sizes[:] = whole_sizes(self._task.data)
+
+    def _go_on(self, n_epochs: int, bar: ProgressBar) -> None:
+        task, first, (group,) = self._task, self.epoch, self._groups
+        assert isinstance(group, FusedGroup)
+        begin = time.perf_counter()
+        n = max(1, min(self._n, n_epochs - first, group.most_epochs))
+        shares = task.model.device.asarray(self._sizes / self._sizes.sum())
+        weights, ends = group.train_epochs(self._orders(group, n), self._factors(n), shares)
+        fine, losses = to_host(ends)
+        rows = {"loss": losses}
+        if task.held_out is not None:
+            measured = [self._measured(after, task.held_out) for after in weights]
+            rows |= {name: np.stack([row[name] for row in measured]) for name in measured[0]}
+        self._note(fine > 0, rows, weights, group.crew.flat.copy())
+        self._show(bar, first, rows)
+        if time.perf_counter() - begin < LONG:
+            self._n = 2 * n
+
+    def _measured(self, flat: Array, held_out: Batches) -> dict[str, Any]:
+        found = measured_on(stack(self._task.model, flat), held_out, self._task.loss)
+        return {f"validation_{name}": values for name, values in found.items()}
+
+    def _orders(self, group: Group, n_epochs: int) -> np.ndarray[Any, Any]:
+        """Draw the orders of the samples in the next epochs: of all models, or of each."""
+        n = self._task.data.n_samples
+
+        def drawn(generator: np.random.Generator | None) -> list[Any]:
+            if generator is None:
+                return [np.arange(n)] * n_epochs
+            return [generator.permutation(n) for _ in range(n_epochs)]
+
+        if self._task.own_orders:
+            return np.array([drawn(generator) for generator in group.crew.generators], np.int32)
+        return np.array(drawn(self.generator), np.int32)
+
+
+def make_run(task: Task, *arguments: Any, **options: Any) -> Run:
+    """Return a :class:`Run` that trains by the engine of the task."""
+    return (FusedRun if task.engine == "fused" else Run)(task, *arguments, **options)
+
+
+def whole_sizes(data: Batches) -> np.ndarray[Any, Any]:
+    """Return how many samples each step of an epoch sees, if only the last may see fewer."""
+    sizes = np.full(data.n_steps, data.batch_size, float)
+    sizes[-1] = data.n_samples - sizes[:-1].sum()
+    return sizes
 
 
 def _windows(data: Batches, generator: np.random.Generator | None) -> Iterator[list[Batch]]:
@@ -603,6 +753,7 @@ def bytes_of_a_model(task: Task) -> int:
     size = model.n_parameters
     vectors = sum(array.size >= size for array in state.values())
     vectors += 4  # parameters, gradient, those of the last epoch, those of the one before
+    vectors += task.engine == "fused"  # those that a launch keeps
     outputs = sum(model.sizes) if model.layers else size
     numbers = vectors * size + 4 * data.batch_size * outputs + data.n_steps
     if task.held_out is not None:
@@ -674,7 +825,7 @@ def train_in_parts(
         part = parts.popleft()
         try:
             with ProgressBar(progress, task.n_epochs, task.data.n_steps, 0) as bar:
-                Run(task, results, begin(part), epoch=0).train(task.n_epochs, bar)
+                make_run(task, results, begin(part)).train(task.n_epochs, bar)
             continue
         except MemoryError as error:
             if len(part) == 1:

@@ -756,8 +756,15 @@ class Plan:
             if name in self.settings:
                 setattr(optimizer, name, float(self.settings[name].max()))
         own_order = self._shuffle == "each" and data.batch_size < data.n_samples
-        engine, self._reason = choose_engine(
-            self._engine, model, loss, optimizer, data, self.n_epochs, own_order
+        engine, plan, self._reason = choose_engine(
+            self._engine,
+            model,
+            loss,
+            optimizer,
+            data,
+            n_models=self.n_models,
+            n_epochs=self.n_epochs,
+            own_order=own_order,
         )
         return Task(
             model=model,
@@ -770,6 +777,7 @@ class Plan:
             shuffle=self._shuffle,
             seed=self._seed,
             engine=engine,
+            plan=plan,
         )
 
     def _make_results(self) -> Results:

@@ -47,6 +47,8 @@ class Task:
         Of products; weights are float32.
     device : {"cpu", "gpu"}
         The first GPU that this process sees.
+    n_models : int, optional
+        So many of them at once, from start weights of their own; one alone unless given.
     """
 
     folder: str
@@ -56,6 +58,7 @@ class Task:
     momentum: float
     precision: str
     device: str
+    n_models: int | None = None
 
     def data(self) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """Return the samples and their labels."""
@@ -63,11 +66,19 @@ class Task:
         return np.load(X_file, allow_pickle=False), np.load(y_file, allow_pickle=False)
 
     def start(self) -> list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]:
-        """Return the start weights: for each layer W of shape (inputs, outputs), and b."""
+        """Return the start weights: for each layer W of shape (inputs, outputs), and b.
+
+        Those of many models have one axis more in front.
+        """
         file = Path(self.folder, START_FILE)
         with np.load(file, allow_pickle=False) as arrays:
             both = [arrays[name] for name in arrays.files]
-        return [(W, b.reshape(-1)) for W, b in zip(both[::2], both[1::2], strict=True)]
+        pairs = zip(both[::2], both[1::2], strict=True)
+        return [(W, b.reshape(*b.shape[:-2], -1)) for W, b in pairs]
+
+    def rates(self) -> np.ndarray[Any, Any]:
+        """Return a learning rate for each of many models: from half of it to twice as much."""
+        return np.geomspace(self.learning_rate / 2, 2 * self.learning_rate, self.n_models or 1)
 
 
 # Trains so many epochs from the start weights; returns the mean losses of the first and the last
@@ -87,7 +98,7 @@ def orders(n_samples: int, n_epochs: int) -> Iterator[np.ndarray[Any, Any]]:
 
 
 def gpuml_rival(task: Task, engine: str | None) -> Run:
-    """Train by :func:`gpuml.train`."""
+    """Train by :func:`gpuml.train`, or many models by :func:`gpuml.train_population`."""
     import gpuml
 
     device = gpuml.get_device(task.device)
@@ -95,27 +106,38 @@ def gpuml_rival(task: Task, engine: str | None) -> Run:
     model = gpuml.MLP(task.sizes, seed=0, device=device)
     start = model.parameters.flat.copy()
     optimizer = gpuml.GradientDescent(task.learning_rate, momentum=task.momentum)
-    settings: dict[str, Any] = {"engine": engine, "progress": False, "seed": SEED}
+    settings: dict[str, Any] = {
+        "loss": "cross_entropy",
+        "optimizer": optimizer,
+        "batch_size": task.batch_size,
+        "shuffle": True,
+        "seed": SEED,
+        "engine": engine,
+        "progress": False,
+    }
     if task.precision != "float32":
         settings["precision"] = task.precision
 
     def run(n_epochs: int) -> tuple[float, float, str]:
         model.parameters.flat[...] = start
-        history = gpuml.train(
-            model,
-            X,
-            y,
-            loss="cross_entropy",
-            optimizer=optimizer,
-            n_epochs=n_epochs,
-            batch_size=task.batch_size,
-            shuffle=True,
-            **settings,
-        )
+        history = gpuml.train(model, X, y, n_epochs=n_epochs, **settings)
         device.synchronize()
         return history["loss"][0], history["loss"][-1], history.engine
 
-    return run
+    def run_many(n_epochs: int) -> tuple[float, float, str]:
+        many = {"n_models": task.n_models, "starts": starts, "learning_rates": task.rates()}
+        population = gpuml.train_population(model, X, y, n_epochs=n_epochs, **many, **settings)
+        device.synchronize()
+        losses = population.columns["loss"].mean(axis=1)
+        return float(losses[0]), float(losses[-1]), population.engine
+
+    if task.n_models is None:
+        return run
+    if engine == "eager":
+        settings["engine"] = "batched"
+    every = [a.reshape(task.n_models, -1) for pair in task.start() for a in pair]
+    starts = device.asarray(np.concatenate(every, axis=1))
+    return run_many
 
 
 # --- PyTorch -----------------------------------------------------------------------------------
@@ -133,6 +155,13 @@ class TorchTraining:
         self.device = torch.device("cuda" if task.device == "gpu" else "cpu")
         torch.set_float32_matmul_precision("high" if task.precision == "tf32" else "highest")
         self.X, self.y = (torch.from_numpy(a).to(self.device) for a in task.data())
+        self.n_steps = len(self.X) // task.batch_size
+        self.loss_of: Callable[[Any, Any], Any] = self.loss
+        self.make()
+
+    def make(self) -> None:
+        """Make the model, its start weights and its optimizer."""
+        torch, task = self.torch, self.task
         self.start = [
             torch.from_numpy(np.ascontiguousarray(a)).to(self.device)
             for W, b in task.start()
@@ -145,8 +174,6 @@ class TorchTraining:
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=task.learning_rate, momentum=task.momentum, fused=True
         )
-        self.n_steps = len(self.X) // task.batch_size
-        self.loss_of: Callable[[Any, Any], Any] = self.loss
 
     def loss(self, x: Any, y: Any) -> Any:
         """Return the mean loss of a batch."""
@@ -241,16 +268,62 @@ class TorchGraphTraining(TorchTraining):
         return self.total / self.n_steps
 
 
+class TorchPopulation(TorchTraining):
+    """Many models at once, eagerly: stacks of matrices, and an update of all."""
+
+    def make(self) -> None:
+        """Put the start weights on the device."""
+        torch, task = self.torch, self.task
+        self.start = [
+            torch.from_numpy(np.ascontiguousarray(a)).to(self.device)
+            for W, b in task.start()
+            for a in (W, b[:, None, :])
+        ]
+        rates = torch.from_numpy(task.rates().astype(np.float32))
+        self.rates = rates.to(self.device)[:, None, None]
+
+    def reset(self) -> None:
+        """Go back to the start weights, at rest."""
+        self.parameters = [start.clone().requires_grad_() for start in self.start]
+        self.velocity = [self.torch.zeros_like(start) for start in self.start]
+
+    def step(self, x: Any, y: Any) -> Any:
+        """Take one step; return the mean loss before it."""
+        torch, n_models = self.torch, self.task.n_models
+        layers = list(zip(self.parameters[::2], self.parameters[1::2], strict=True))
+        for i, (W, b) in enumerate(layers):
+            x = (torch.relu(x) if i else x) @ W + b
+        labels = y.expand(n_models, -1).reshape(-1)
+        total = torch.nn.functional.cross_entropy(
+            x.reshape(len(labels), -1), labels, reduction="sum"
+        )
+        loss = total / len(y)  # summed over the models, each of which has its own gradient
+        gradients = torch.autograd.grad(loss, self.parameters)
+        with torch.no_grad():
+            torch._foreach_mul_(self.velocity, self.task.momentum)
+            torch._foreach_add_(self.velocity, gradients)
+            changes = torch._foreach_mul(self.velocity, [self.rates] * len(gradients))
+            torch._foreach_sub_(self.parameters, changes)
+        return loss.detach() / n_models
+
+
 def torch_rival(task: Task, training: Callable[[Task], TorchTraining]) -> Run:
     """Train by PyTorch, in one of the ways above."""
-    return training(task).run
+    if task.n_models is None:
+        return training(task).run
+    if training is not TorchTraining:
+        raise RuntimeError("trains one model")
+    return TorchPopulation(task).run
 
 
 # --- JAX ---------------------------------------------------------------------------------------
 
 
 def jax_rival(task: Task) -> Run:
-    """Train by JAX: an epoch is one compiled scan over its steps, its memory given back to it."""
+    """Train by JAX: an epoch is one compiled scan over its steps, its memory given back to it.
+
+    The steps of many models are one by vmap.
+    """
     import jax
     import jax.numpy as jnp
 
@@ -259,7 +332,7 @@ def jax_rival(task: Task) -> Run:
         precision = {"float32": "highest", "tf32": "tensorfloat32"}[task.precision]
         jax.config.update("jax_default_matmul_precision", precision)
     inner = jnp.bfloat16 if task.precision == "bfloat16" else jnp.float32
-    rate, momentum, batch_size = task.learning_rate, task.momentum, task.batch_size
+    momentum, batch_size = task.momentum, task.batch_size
     X, y = task.data()
     X, y = jax.device_put(X, place), jax.device_put(y.astype(np.int32), place)
     start = jax.device_put(task.start(), place)
@@ -272,14 +345,22 @@ def jax_rival(task: Task) -> Run:
         chosen = jnp.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
         return jnp.mean(jax.nn.logsumexp(logits, axis=1) - chosen)
 
+    def update(state: Any, rate: Any, x: Any, labels: Any) -> Any:
+        layers, velocity = state
+        loss, gradient = jax.value_and_grad(loss_of)(layers, x, labels)
+        velocity = jax.tree.map(lambda v, g: momentum * v + g, velocity, gradient)
+        layers = jax.tree.map(lambda w, v: w - rate * v, layers, velocity)
+        return (layers, velocity), loss
+
+    rate: Any = task.learning_rate
+    if task.n_models is not None:
+        update = jax.vmap(update, in_axes=(0, 0, None, None))
+        rate = jax.device_put(task.rates().astype(np.float32), place)
+
     @partial(jax.jit, donate_argnums=0)
     def epoch(state: Any, X: Any, y: Any, order: Any) -> Any:
         def step(state: Any, rows: Any) -> Any:
-            layers, velocity = state
-            loss, gradient = jax.value_and_grad(loss_of)(layers, X[rows], y[rows])
-            velocity = jax.tree.map(lambda v, g: momentum * v + g, velocity, gradient)
-            layers = jax.tree.map(lambda w, v: w - rate * v, layers, velocity)
-            return (layers, velocity), loss
+            return update(state, rate, X[rows], y[rows])
 
         state, losses = jax.lax.scan(step, state, order.reshape(-1, batch_size))
         return state, losses.mean()
@@ -310,6 +391,8 @@ def sklearn_rival(task: Task) -> Run:
 
     from sklearn.neural_network import MLPClassifier
 
+    if task.n_models is not None:
+        raise RuntimeError("trains one model")
     X, y = task.data()
 
     def run(n_epochs: int) -> tuple[float, float, str]:

@@ -13,7 +13,15 @@ from gpuml.errors import DeviceMemoryError, unknown_name
 from gpuml.losses import Loss
 from gpuml.models import Model
 from gpuml.optimizers import Optimizer
-from gpuml.population_runs import Crew, PopulationEngine, Results, Run, Task, part_size
+from gpuml.population_runs import (
+    Crew,
+    PopulationEngine,
+    Results,
+    Run,
+    Task,
+    make_run,
+    part_size,
+)
 from gpuml.populations import Plan, Population
 from gpuml.schedules import Schedule
 from gpuml.training import ProgressBar, positive_integer
@@ -170,7 +178,7 @@ def _halve(
         raise DeviceMemoryError(f"{why}: a search holds all at once, so lower n_models to {fits}")
 
     def trained(members: Any, end: int) -> Run:
-        run = Run(task, results, plan.begin(members))
+        run = make_run(task, results, plan.begin(members))
         with ProgressBar(progress, end, task.data.n_steps, 0) as bar:
             run.train(end, bar)
         return run
@@ -193,7 +201,7 @@ def _halve(
         if not crews:
             break
         crew = Crew.joined(crews, task.model.device.xp)
-        run = Run(task, results, crew, epoch=begin, generator=run.generator)
+        run = make_run(task, results, crew, epoch=begin, generator=run.generator)
         with ProgressBar(progress, end, task.data.n_steps, begin) as bar:
             run.train(end, bar)
 

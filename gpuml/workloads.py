@@ -36,6 +36,9 @@ class Workload:
         Of matrix products.
     learning_rate : float
         Small enough that training amplifies no rounding.
+    n_models : int, optional
+        So many such perceptrons at once, on the same batches, each with a learning rate and start
+        weights of its own; one alone unless given.
     """
 
     name: str
@@ -45,9 +48,11 @@ class Workload:
     n_epochs: int = 3
     precision: str = "float32"
     learning_rate: float = 0.02
+    n_models: int | None = None
 
     def __post_init__(self) -> None:
-        numbers = (*self.sizes, self.batch_size, self.n_steps, self.n_epochs)
+        many = 1 if self.n_models is None else self.n_models
+        numbers = (*self.sizes, self.batch_size, self.n_steps, self.n_epochs, many)
         if len(self.sizes) < 2 or min(numbers) < 1 or self.n_epochs < 2:
             raise ValueError(
                 "a workload needs two or more sizes (features, hidden units, classes), a batch, "
@@ -65,7 +70,7 @@ class Workload:
         6 B Σ(in · out) - 2 B in₀ out₀: forward, gradient of the weights, of a layer's inputs.
         """
         layers = [n_in * n_out for n_in, n_out in zip(self.sizes[:-1], self.sizes[1:], strict=True)]
-        return 2.0 * self.batch_size * (3 * sum(layers) - layers[0])
+        return 2.0 * self.batch_size * (3 * sum(layers) - layers[0]) * (self.n_models or 1)
 
     @property
     def n_bytes(self) -> float:
@@ -77,8 +82,8 @@ class Workload:
         layers = zip(self.sizes[:-1], self.sizes[1:], strict=True)
         n_parameters = sum(n_in * n_out + n_out for n_in, n_out in layers)
         inner = 2 if self.precision == "bfloat16" else 4
-        row = 4 * self.sizes[0] + 8 + 2 * inner * sum(self.sizes[1:-1])
-        return 4.0 * 4 * n_parameters + self.batch_size * row
+        each = 4.0 * 4 * n_parameters + self.batch_size * 2 * inner * sum(self.sizes[1:-1])
+        return each * (self.n_models or 1) + self.batch_size * (4 * self.sizes[0] + 8)
 
     def floor(self, ceilings: Mapping[str, float]) -> tuple[float, str]:
         """Return the least time that a step can take, in seconds, and what binds it.
@@ -102,7 +107,7 @@ class Workload:
         n_samples = self.n_steps * self.batch_size
         X = generator.standard_normal((n_samples, self.sizes[0]), np.float32)
         y = (X @ generator.standard_normal((self.sizes[0], self.sizes[-1]), np.float32)).argmax(1)
-        write_task(folder, self.sizes, X, y)
+        write_task(folder, self.sizes, X, y, n_models=self.n_models)
 
     def task(self, folder: str | Path, device: Device) -> Task:
         """Return what a rival's process is told."""
@@ -114,26 +119,34 @@ class Workload:
             momentum=MOMENTUM,
             precision=self.precision,
             device=device.kind,
+            n_models=self.n_models,
         )
 
     def __str__(self) -> str:
         sizes = "-".join(map(str, self.sizes))
-        return f"{self.name}: MLP {sizes}, batch {self.batch_size}, {self.precision}"
+        many = "" if self.n_models is None else f"{self.n_models:,} × "
+        return f"{self.name}: {many}MLP {sizes}, batch {self.batch_size}, {self.precision}"
 
 
 WORKLOADS = {
     "digits": Workload("digits", (64, 128, 10), 64, 28, 5, learning_rate=0.05),
     "mnist": Workload("mnist", (784, 256, 128, 10), 128, 468, 2, learning_rate=0.005),
     "wide": Workload("wide", (1024, 4096, 4096, 1000), 4096, 8, 5, learning_rate=0.02),
+    "population": Workload("population", (64, 32, 10), 64, 64, 3, n_models=1024),
 }
 
 
-def write_task(folder: str | Path, sizes: Sequence[int], X: Any, y: Any) -> None:
-    """Write samples, labels, and the start weights of a perceptron, where a Task reads them."""
+def write_task(
+    folder: str | Path, sizes: Sequence[int], X: Any, y: Any, *, n_models: int | None = None
+) -> None:
+    """Write samples, labels, and start weights of perceptrons, where a Task reads them."""
     np.save(Path(folder) / X_FILE, X)
     np.save(Path(folder) / Y_FILE, y.astype(np.int64))
-    parameters = MLP(sizes, seed=0, device=CPU).parameters
-    np.savez(Path(folder) / START_FILE, **parameters)
+    models = [MLP(sizes, seed=i, device=CPU).parameters for i in range(n_models or 1)]
+    start = (
+        models[0] if n_models is None else {k: np.stack([m[k] for m in models]) for k in models[0]}
+    )
+    np.savez(Path(folder) / START_FILE, **start)
 
 
 def workloads(
@@ -142,6 +155,7 @@ def workloads(
     *,
     precisions: Sequence[str] = (),
     n_steps: int | None = None,
+    n_models: int | None = None,
 ) -> list[Workload]:
     """Return workloads by name, in the precisions that are wanted.
 
@@ -154,6 +168,8 @@ def workloads(
         Unless given, float32, and on a GPU for ``"wide"`` tf32 and bfloat16 as well.
     n_steps : int, optional
         In an epoch, instead of the workload's own.
+    n_models : int, optional
+        In a population, instead of the workload's own.
 
     Raises
     ------
@@ -166,7 +182,14 @@ def workloads(
             raise ValueError(unknown_name("workload", name, WORKLOADS))
         usual = PRECISIONS if name == "wide" and device.kind == "gpu" else PRECISIONS[:1]
         found += in_precisions(WORKLOADS[name], device, precisions or usual)
-    return [replace(w, n_steps=n_steps or w.n_steps) for w in found]
+    return [_changed(workload, n_steps, n_models) for workload in found]
+
+
+def _changed(workload: Workload, n_steps: int | None, n_models: int | None) -> Workload:
+    workload = replace(workload, n_steps=n_steps or workload.n_steps)
+    if workload.n_models is None or n_models is None:
+        return workload
+    return replace(workload, name=f"{workload.name} of {n_models:,}", n_models=n_models)
 
 
 def in_precisions(workload: Workload, device: Device, precisions: Sequence[str]) -> list[Workload]:

@@ -16,7 +16,7 @@ from gpuml.batches import ArrayBatches
 from gpuml.fused_populations import (
     FusedPopulation,
     plan_population,
-    population_limit,
+    population_plan,
 )
 from gpuml.losses import mean_squared_error, softmax_cross_entropy
 from gpuml.models import Parameters
@@ -116,8 +116,8 @@ def test_a_plan_that_does_not_fit_is_refused(monkeypatch):
 def test_the_cpu_has_no_such_kernel():
     X, y = problem([4, 3], 30, True)
     model = MLP([4, 8, 3], device="cpu")
-    reason = population_limit(
-        model, softmax_cross_entropy, GradientDescent(), ArrayBatches(X, y, 16)
+    reason = population_plan(
+        model, softmax_cross_entropy, GradientDescent(), ArrayBatches(X, y, 16), 5
     )
     assert reason == "its kernels are for GPUs"
 
@@ -317,3 +317,18 @@ def test_bits_do_not_depend_on_how_models_are_spread_over_blocks_and_warps(gpu):
         again, others = case.together(gpu, models=models, warps=warps, width=width)
         assert flat.tobytes() == again.tobytes()
         assert losses.tobytes() == others.tobytes()
+
+
+@pytest.mark.parametrize("kind", ["plain", "momentum", "adam"])
+def test_parameters_are_kept_after_each_epoch(gpu, kind):
+    case = Case((13, 50, 3), 20, 5, kind=kind, n_epochs=4)
+    with gpu.use():
+        order, rates = gpu.asarray(case.orders[0]), gpu.asarray(case.rates)
+        losses = gpu.xp.zeros((4, case.n_steps, 5), np.float32)
+        flat, population = case.on(gpu, models=2)
+        kept = gpu.xp.full((4, *flat.shape), np.nan, np.float32)
+        population.launch(order, rates, losses, kept)
+        flat, population = case.on(gpu, models=2)
+        for i in range(4):
+            population.launch(order[i : i + 1].copy(), rates[i : i + 1].copy(), losses[:1])
+            assert bool((kept[i] == flat).all())

@@ -113,16 +113,18 @@ def test_a_library_that_is_missing_is_left_out(monkeypatch, tmp_path):
     assert table.ratio("gpuml") == 1
 
 
+@pytest.mark.parametrize("n_models", [None, 3])
 @pytest.mark.parametrize("rival", ["PyTorch eager", "JAX scan"])
-def test_a_peer_trains_as_gpuml_does(rival, tmp_path):
+def test_a_peer_trains_as_gpuml_does(rival, n_models, tmp_path):
     library, _ = rivals.RIVALS[rival]
     if find_spec(library) is None:
         pytest.skip(f"{library} is not installed")
-    TINY.write(tmp_path)
+    workload = replace(TINY, n_models=n_models)
+    workload.write(tmp_path)
     code = "from gpuml.rivals import main; main()"
     losses = []
     for name in ("gpuml", rival):
-        task = json.dumps(asdict(TINY.task(tmp_path, CPU)))
+        task = json.dumps(asdict(workload.task(tmp_path, CPU)))
         done = subprocess.run(
             [sys.executable, "-c", code, name, task],
             input="3\n3\n",
@@ -135,6 +137,32 @@ def test_a_peer_trains_as_gpuml_does(rival, tmp_path):
         assert answers[0]["last_loss"] == answers[1]["last_loss"], "it begins anew"
         losses.append([answers[1]["first_loss"], answers[1]["last_loss"]])
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+def test_many_models_are_trained_as_each_alone(tmp_path):
+    workload = replace(TINY, n_models=4)
+    workload.write(tmp_path)
+    task = workload.task(tmp_path, CPU)
+    found = np.array(rivals.gpuml_rival(task, None)(3)[:2])
+    X, y = task.data()
+    alone = []
+    for seed, rate in enumerate(task.rates().tolist()):
+        optimizer = gpuml.GradientDescent(rate, momentum=workloads.MOMENTUM)
+        options = {"batch_size": 4, "n_epochs": 3, "seed": rivals.SEED}
+        model = gpuml.MLP(TINY.sizes, seed=seed, device="cpu")
+        history = gpuml.train(model, X, y, optimizer=optimizer, **options)
+        alone.append([history["loss"][0], history["loss"][-1]])
+    assert np.ptp(task.rates()) > 0
+    np.testing.assert_allclose(found, np.mean(alone, axis=0), rtol=1e-5)
+    assert replace(workload, sizes=(6, 8, 8, 3)).n_operations == (
+        4 * replace(TINY, sizes=(6, 8, 8, 3)).n_operations
+    )
+    floor = workload.n_bytes - TINY.n_bytes
+    assert floor == 3 * (4 * 4 * (7 * 8 + 9 * 3) + 4 * 2 * 4 * 8), "samples are read once for all"
+    with pytest.raises(RuntimeError, match="trains one model"):
+        rivals.sklearn_rival(task)
+    with pytest.raises(RuntimeError, match="trains one model"):
+        rivals.torch_rival(task, rivals.CompiledTorchTraining)
 
 
 def test_scikit_learn_trains_as_long_as_the_others(tmp_path):
@@ -202,6 +230,11 @@ def test_workloads_are_data(tmp_path):
     found = workloads.workloads(["wide", "mnist"], gpu, n_steps=2)
     assert [w.name for w in found] == ["wide", "wide, tf32", "wide, bfloat16", "mnist"]
     assert {w.n_steps for w in found} == {2}
+    [few] = workloads.workloads(["population"], CPU, n_models=64)
+    assert (few.name, few.n_models) == ("population of 64", 64)
+    assert str(few).startswith("population of 64: 64 × MLP 64-32-10, batch 64")
+    [same] = workloads.workloads(["digits"], CPU, n_models=64)
+    assert same.n_models is None
     with pytest.raises(ValueError, match="unknown workload 'digit': did you mean 'digits'"):
         workloads.workloads(["digit"], CPU)
     with pytest.raises(ValueError, match="precision tf32 needs a GPU"):
@@ -331,6 +364,8 @@ def test_bench_adds_tables_to_a_recording(table, tmp_path, monkeypatch, capsys):
         (["--workload", "digits"], "--workload needs --peers"),
         (["--batch", "4"], "--batch needs --peers"),
         (["--peers", "--batch", "4"], "--batch needs --sizes"),
+        (["--models", "4"], "--models needs --peers"),
+        (["--peers", "--models", "4"], "--models needs --workload population, or --sizes"),
         (["--peers", "--workload", "digit"], "did you mean 'digits'"),
         (["--peers", "--sizes", "64"], "two or more sizes"),
         (["--peers", "--precision", "tf32"], "precision tf32 needs a GPU"),
@@ -355,6 +390,9 @@ def test_bench_with_peers_runs(monkeypatch, capsys, tmp_path):
     quick = partial(compare_rivals, rivals=names, time_budget=0.005, n_rounds=1)
     monkeypatch.setattr(peers, "compare_rivals", quick)
     call = ["bench", "--device", "cpu", "--peers", "--sizes", "5,6,2", "--batch", "8"]
+    assert cli.main([*call, "--steps", "4", "--models", "3"]) == 0
+    many = "3 × 5-6-2, batch 8: 3 × MLP 5-6-2, batch 8, float32, 4 steps an epoch"
+    assert many in capsys.readouterr().out
     assert cli.main([*call, "--steps", "4"]) == 0
     shown = capsys.readouterr()
     assert "5-6-2, batch 8: MLP 5-6-2, batch 8, float32, 4 steps an epoch" in shown.out

@@ -443,7 +443,7 @@ def test_where_memory_runs_out_smaller_parts_are_tried(monkeypatch, device, rng)
 def test_nothing_is_left_of_a_part_that_is_begun_again():
     results = population_runs.Results(np.zeros((3, 2)), 2)
     for name in ("loss", "validation_loss"):
-        results.write(0, np.arange(3), {name: np.ones(3)})
+        results.write(0, np.arange(3), np.ones((1, 3), bool), {name: np.ones((1, 3))})
     results.epochs[:], results.diverged[:] = 1, True
     results.forget(np.array([0, 2]))
     for values in results.columns.values():
@@ -947,25 +947,46 @@ def test_on_a_gpu_it_says_why_there_is_no_kernel(device, rng):
         assert population.notes == []
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (3, 5, 7, 2), (2, 300, 4, 1000)])
+def test_it_is_known_how_epochs_ended(device, rng, shape, dtype):
+    n_epochs, n_steps, n_models, n_parameters = shape
+    weights = rng.normal(size=(n_epochs, n_models, n_parameters)).astype(dtype)
+    losses = rng.normal(size=(n_epochs, n_steps, n_models)).astype(dtype)
+    shares = rng.random(n_steps)
+    weights[-1, n_models // 2, -1], losses[0, -1, 0] = np.inf, np.nan
+    fine = np.ones((n_epochs, n_models))
+    fine[-1, n_models // 2] = fine[0, 0] = 0
+    mean = np.einsum("s,esm->em", shares, losses.astype(float))
+    arrays = (device.asarray(array) for array in (weights, losses, shares))
+    found = to_host(population_runs.ends_of(*arrays))
+    np.testing.assert_array_equal(found[0], fine)
+    np.testing.assert_allclose(found[1], mean, rtol=1e-12, atol=1e-12)
+
+
 class StandIn:
     """Takes the steps of a launch one by one, where there is no kernel."""
 
-    def __init__(self, sizes, batch_size, loss, flat, state, X, y, *, own_order):
+    def __init__(self, sizes, batch_size, loss, flat, state, X, y, *, own_order, plan):
         model = stack(gpuml.MLP(sizes, dtype=flat.dtype, device="cpu"), flat)
         optimizer = gpuml.Adam() if "m" in state else gpuml.GradientDescent()
         self._step = population_runs.EagerStep(model, loss, optimizer)
         self._step.state = self.state = {name: array.copy() for name, array in state.items()}
         self._data, self._batch_size, self._own_order = (X, y), batch_size, own_order
+        self._flat = flat
 
-    def launch(self, order, rates, losses):
+    def launch(self, order, rates, losses, kept):
         assert order.dtype == np.int32
         assert order.ndim == 2 + self._own_order
-        assert len(rates) == len(losses) == order.shape[-2] == 1
-        self._step.state["learning_rate"][...] = rates[0, :, None]
-        rows, size = order[..., 0, :], self._batch_size
-        for i in range(losses.shape[1]):
-            chosen = rows[..., i * size : (i + 1) * size]
-            losses[0, i] = self._step(*(a[chosen] for a in self._data))
+        assert len(rates) == len(losses) == len(kept) == order.shape[-2]
+        size = self._batch_size
+        for epoch, rate in enumerate(rates):
+            self._step.state["learning_rate"][...] = rate[:, None]
+            rows = order[..., epoch, :]
+            for i in range(losses.shape[1]):
+                chosen = rows[..., i * size : (i + 1) * size]
+                losses[epoch, i] = self._step(*(a[chosen] for a in self._data))
+            kept[epoch] = self._flat
 
 
 @pytest.fixture
@@ -973,7 +994,7 @@ def kernel(device, monkeypatch):
     """The kernel of populations on a GPU, and a stand-in elsewhere."""
     if device.kind == "cpu":
         monkeypatch.setattr(population_runs, "FusedPopulation", StandIn)
-        monkeypatch.setattr(population_runs, "population_limit", lambda *_: None)
+        monkeypatch.setattr(population_runs, "population_plan", lambda *_: None)
 
 
 @pytest.mark.parametrize("kind", ["classes", "numbers"])
@@ -1007,6 +1028,32 @@ def test_epochs_in_one_launch_are_those_of_steps(kernel, device, rng, name, shuf
     assert np.linalg.norm(a - b) < 1e-4 * np.linalg.norm(b)
     for column, values in expected.columns.items():
         np.testing.assert_allclose(found.columns[column], values, rtol=1e-3, err_msg=column)
+
+
+def test_a_model_that_diverges_within_a_launch_keeps_its_last_good_epoch(kernel, device, rng):
+    X, y = table(rng, device, kind="numbers")
+    settings = {
+        "n_models": 4,
+        # Launches are of epochs 0, 1 and 2, 3 to 6, 7 and 8.
+        "schedule": lambda epoch, n_epochs: 1.0 if epoch < 4 else 1e12,
+        "learning_rates": [1e-14, 0.01, 3e-15, 0.02],
+        "n_epochs": 9,
+        "batch_size": 16,
+        "keep_paths": True,
+        "optimizer": gpuml.GradientDescent(),
+    }
+    found, expected = (
+        gpuml.train_population(gpuml.MLP([6, 9, 3], device=device), X, y, engine=engine, **settings)
+        for engine in ("fused", "batched")
+    )
+    assert found.epochs.tolist() == expected.epochs.tolist() == [9, 4, 9, 4]
+    assert found.diverged.tolist() == [False, True, False, True]
+    np.testing.assert_allclose(found.paths, expected.paths, rtol=1e-3, atol=1e-5)
+    np.testing.assert_array_equal(to_host(found.parameters.flat)[1], found.paths[4, 1])
+    np.testing.assert_array_equal(to_host(found.parameters.flat)[0], found.paths[9, 0])
+    assert np.isnan(found.columns["loss"][4:, [1, 3]]).all()
+    assert np.isfinite(found.columns["loss"][:4]).all()
+    assert (np.diff(found.history(0)["seconds"]) >= 0).all()
 
 
 def test_the_kernel_is_chosen_where_it_pays(kernel, device, rng):

@@ -114,12 +114,13 @@ __device__ float over_row(float x)
 extern "C" __global__ __launch_bounds__(THREADS, 1)
 void mlp_population(const float* X, const void* targets, const int* order, float* parameters,
                     float* first, float* second, const float* learning_rates, float* numbers,
-                    float* losses, int n_rows, int n_epochs, int n_models)
+                    float* losses, float* kept, int n_rows, int n_epochs, int n_models)
 {
     // parameters: for each model W1 (FEATURES x HIDDEN), b1, W2 (HIDDEN x OUTPUTS), b2; first,
     // second: alike. numbers: for each model momentum, beta1, beta2, epsilon, weight decay, and
     // Adam's two powers. order: for each epoch n_rows row numbers; with OWN_ORDER for each model.
     // learning_rates: for each epoch one for each model. losses: for each step one for each model.
+    // kept: parameters as they are after each epoch, for each epoch and model; or null.
     extern __shared__ __align__(16) unsigned char memory[];
     Shared& s = *(Shared*)memory;
     const int t = threadIdx.x, own = t / MODEL_THREADS, warp = t % MODEL_THREADS / 32;
@@ -128,30 +129,35 @@ void mlp_population(const float* X, const void* targets, const int* order, float
     const int wanted = blockIdx.x * MODELS + own, model = min(wanted, n_models - 1);
     const bool told = wanted < n_models;
     Model& m = s.model[own];
-    auto for_each_number = [&](auto visit) {
+    constexpr int COUNT = (FEATURES + 1) * HIDDEN + (HIDDEN + 1) * OUTPUTS;
+    // Visits the numbers of a vector: here of the parameters' shape, there in the vector's order.
+    auto for_each_number = [&](float* here, float* w1, auto visit) {
         const int me = t % MODEL_THREADS;
+        float *b1 = w1 + FEATURES * HIDDEN, *w2 = b1 + HIDDEN, *b2 = w2 + HIDDEN * OUTPUTS;
+#pragma unroll 2
+        for (int i = me; i < FEATURES * HIDDEN; i += MODEL_THREADS)
+            visit(here[i % HIDDEN * BY_FEATURE + i / HIDDEN], w1[i]);
+#pragma unroll 1
+        for (int i = me; i < HIDDEN; i += MODEL_THREADS) visit(here[INPUT_BIAS + i], b1[i]);
+#pragma unroll 1
+        for (int i = me; i < HIDDEN * OUTPUTS; i += MODEL_THREADS)
+            visit(here[OUTPUT_WEIGHT + i % OUTPUTS * BY_UNIT + i / OUTPUTS], w2[i]);
+        if (me < OUTPUTS) visit(here[OUTPUT_BIAS + me], b2[me]);
+    };
+    auto for_each_vector = [&](auto visit) {
 #pragma unroll 1
         for (int v = 0; v <= OPTIMIZER; ++v) {
-            constexpr int COUNT = (FEATURES + 1) * HIDDEN + (HIDDEN + 1) * OUTPUTS;
-            float* w1 = (v == 0 ? parameters : v == 1 ? first : second) + (long long)model * COUNT;
-            float *b1 = w1 + FEATURES * HIDDEN, *w2 = b1 + HIDDEN, *b2 = w2 + HIDDEN * OUTPUTS;
+            float* there = v == 0 ? parameters : v == 1 ? first : second;
             float* here = v == 0 ? m.parameters : m.state + (v - 1) * STATE;
-#pragma unroll 2
-            for (int i = me; i < FEATURES * HIDDEN; i += MODEL_THREADS)
-                visit(here[i % HIDDEN * BY_FEATURE + i / HIDDEN], w1[i]);
-#pragma unroll 1
-            for (int i = me; i < HIDDEN; i += MODEL_THREADS) visit(here[INPUT_BIAS + i], b1[i]);
-#pragma unroll 1
-            for (int i = me; i < HIDDEN * OUTPUTS; i += MODEL_THREADS)
-                visit(here[OUTPUT_WEIGHT + i % OUTPUTS * BY_UNIT + i / OUTPUTS], w2[i]);
-            if (me < OUTPUTS) visit(here[OUTPUT_BIAS + me], b2[me]);
+            for_each_number(here, there + (long long)model * COUNT, visit);
         }
     };
+    auto give_back = [](float here, float& there) { there = here; };
 
 #pragma unroll 1
     for (int i = t; i < sizeof(Shared) / 8; i += THREADS) ((long long*)memory)[i] = 0;
     __syncthreads();
-    for_each_number([](float& here, float there) { here = there; });
+    for_each_vector([](float& here, float there) { here = there; });
     float* number = numbers + 7LL * model;
     Rates rates = {0, number[0], number[1], number[2], number[3], number[4], number[5], number[6]};
     // Two neighbouring parameters at a time: reads and writes of pairs hit all banks.
@@ -201,6 +207,11 @@ void mlp_population(const float* X, const void* targets, const int* order, float
             copy_behind<4>(s.target[p.number % 2] + i, (const float*)targets +
                            (long long)row[i / OUTPUTS] * OUTPUTS + i % OUTPUTS);
     };
+    // Parameters change only when a model's warps have met, and by then all have passed here.
+    auto keep = [&](int epoch) {
+        float* there = kept + ((long long)epoch * n_models + model) * COUNT;
+        for_each_number(m.parameters, there, give_back);
+    };
     Place step, next = after(step);
     fetch_order(step);
     end_of_group();
@@ -222,6 +233,7 @@ void mlp_population(const float* X, const void* targets, const int* order, float
         fetch_rows(next);
         fetch_order(after(next));
         end_of_group();
+        if (kept && told && step.begin == 0 && step.epoch > 0) keep(step.epoch - 1);
 
 #pragma unroll 1
         for (int row = 16 * warp; row < ROWS; row += 16 * WARPS) {
@@ -402,7 +414,8 @@ void mlp_population(const float* X, const void* targets, const int* order, float
 
     __syncthreads();
     if (!told) return;
-    for_each_number([](float here, float& there) { there = here; });
+    if (kept) keep(n_epochs - 1);
+    for_each_vector(give_back);
     if (OPTIMIZER == ADAM && t % MODEL_THREADS == 0) {
         number[5] = rates.power1;
         number[6] = rates.power2;
