@@ -22,8 +22,9 @@ from gpuml.models import Model
 from gpuml.optimizers import Optimizer, State
 
 MOST_BATCH = 256
-MOST_WARPS = 4  # of a model; more of them wait for each other more often
-MOST_THREADS = 512  # of a block: each may have 128 registers, and needs up to 120
+# Of a model; more wait for each other more often. With short batches fewer leave room for models.
+MOST_WARPS, SHORT_BATCH, MOST_WARPS_OF_SHORT = 5, 32, 3
+MOST_THREADS = 640  # of a block: each may have 102 registers
 MOST_MODELS = 15  # of a block: each has a barrier of its own, and there are 16
 WIDTH = 4
 REGISTERS, MOST_RESIDENT = 65536, 2048  # of a multiprocessor: registers, and threads
@@ -169,7 +170,7 @@ def plan_population(
             f"a model needs {needed:,} bytes of shared memory with its batches, and a block has "
             f"{room:,}"
         )
-    warps = warps or min(MOST_WARPS, -(-batch_size // 16))
+    warps = warps or _warps(sizes, batch_size, width)
     most = 1 if own_order else min(MOST_MODELS, max(1, MOST_THREADS // (32 * warps)))
     fitting = [
         m
@@ -195,6 +196,16 @@ def plan_population(
     ]
     # Of plans that take as long, that whose blocks hold the most models fetches the fewest rows.
     return min(plans, key=lambda plan: (_duration(plan, n_models, device), -plan.models))
+
+
+def _warps(sizes: tuple[int, ...], batch_size: int, width: int) -> int:
+    """Return how many warps a model gets: with no fewer its tiles are done in as few rounds."""
+    features, hidden, outputs = sizes
+    across = -(-features // (8 * width)), -(-hidden // (8 * width))
+    tiles = -(-hidden // 16) * across[0] + (outputs // 16 + 1) * across[1]
+    rows = -(-batch_size // 16)
+    most = MOST_WARPS if batch_size > SHORT_BATCH else MOST_WARPS_OF_SHORT
+    return min(range(1, most + 1), key=lambda n: -(-rows // n) + -(-tiles // n))
 
 
 def _duration(plan: PopulationPlan, n_models: int, device: int) -> int:

@@ -37,7 +37,7 @@ POPULATION_ENGINES = ("batched", "graph", "fused")
 
 # From so many steps on it pays to compile a kernel for the sizes of the models, or to capture a
 # step: one of batched operations takes a millisecond for up to a thousand small models.
-PAYS = {"fused": 200, "graph": 1000}
+PAYS = {"fused": 400, "graph": 1000}
 
 # Outputs of the widest layer, over a batch and the models of a group: with fewer a second thread
 # costs more than it brings, with more the arrays leave the processor's cache (measured by
@@ -47,9 +47,9 @@ LEAST_NUMBERS, MOST_NUMBERS = 2**15, 2**16
 # Rows in one forward pass of many models where no gradient is needed, at least.
 LEAST_ROWS = 256
 
-# Of weights after each epoch that a launch keeps, if it is of several; so long may it take, in
-# seconds, since Ctrl-C waits for its end.
-KEPT_BYTES = 2**28
+# A launch of several epochs keeps the weights after each: so many bytes, and this share of the
+# memory that is free. It takes about so many seconds, since Ctrl-C waits for its end.
+KEPT_BYTES, KEPT_SHARE = 2**30, 1 / 8
 LONG = 0.1
 
 # The share of the free memory that models may take unless there is a limit.
@@ -76,6 +76,8 @@ class Task:
     engine : {"batched", "graph", "fused"}
     plan : PopulationPlan or None
         Of the fused kernel.
+    limit : int or None
+        Bytes that models may take; those that are free unless given.
     """
 
     model: Model
@@ -89,6 +91,7 @@ class Task:
     seed: int
     engine: str
     plan: PopulationPlan | None = None
+    limit: int | None = None
 
     @property
     def own_orders(self) -> bool:
@@ -363,11 +366,15 @@ class FusedGroup(Group):
     @property
     def most_epochs(self) -> int:
         """How many epochs to take in one launch at most: what they keep lies on the device."""
-        n_models, n_parameters = self.crew.flat.shape
-        each = n_parameters + len(self.losses)
-        if self._task.own_orders:
-            each += self._task.data.n_samples
-        return max(1, int(KEPT_BYTES // (4 * n_models * each)))
+        task, n_models = self._task, len(self.crew.flat)
+        each = 4 * n_models * (self.crew.flat.shape[1] + len(self.losses))
+        if task.own_orders:
+            each += 4 * n_models * task.data.n_samples
+        if task.limit is None:
+            room = min(KEPT_BYTES, int(KEPT_SHARE * (task.model.device.memory()[0] or 0)))
+        else:
+            room = task.limit - n_models * bytes_of_a_model(task)  # which has room for one
+        return 1 + max(0, int(room // each))
 
     def train_epochs(self, orders: Array, factors: Array, shares: Array) -> tuple[Array, Array]:
         """Take the steps of some epochs.
@@ -551,6 +558,8 @@ class Run:
 
     def _show(self, bar: ProgressBar, first: int, rows: dict[str, np.ndarray[Any, Any]]) -> None:
         """Move the bar to the end of some epochs, and show the best losses."""
+        if bar.bar is None:
+            return
         best = {n: np.fmin.reduce(v, axis=1) for n, v in rows.items() if n.endswith("loss")}
         for i in range(len(rows["loss"])):
             bar.show_epoch({"epoch": first + i + 1} | {n: float(v[i]) for n, v in best.items()})
@@ -672,15 +681,18 @@ class FusedRun(Run):
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._n = 1  # epochs of the next launch
+        self._drawn: deque[Any] = deque()  # orders of the next epochs
         self._sizes[:] = whole_sizes(self._task.data)
 
     def _go_on(self, n_epochs: int, bar: ProgressBar) -> None:
         task, first, (group,) = self._task, self.epoch, self._groups
         assert isinstance(group, FusedGroup)
         begin = time.perf_counter()
-        n = max(1, min(self._n, n_epochs - first, group.most_epochs))
+        n = min(self._n, n_epochs - first, group.most_epochs)
         shares = task.model.device.asarray(self._sizes / self._sizes.sum())
         weights, ends = group.train_epochs(self._orders(group, n), self._factors(n), shares)
+        if self.generator is not None and not task.own_orders:  # while the device trains
+            self._draw(min(2 * n, n_epochs - first - n))
         fine, losses = to_host(ends)
         rows = {"loss": losses}
         if task.held_out is not None:
@@ -696,17 +708,24 @@ class FusedRun(Run):
         return {f"validation_{name}": values for name, values in found.items()}
 
     def _orders(self, group: Group, n_epochs: int) -> np.ndarray[Any, Any]:
-        """Draw the orders of the samples in the next epochs: of all models, or of each."""
+        """Return the orders of the samples in the next epochs: of all models, or of each."""
         n = self._task.data.n_samples
-
-        def drawn(generator: np.random.Generator | None) -> list[Any]:
-            if generator is None:
-                return [np.arange(n)] * n_epochs
-            return [generator.permutation(n) for _ in range(n_epochs)]
-
         if self._task.own_orders:
-            return np.array([drawn(generator) for generator in group.crew.generators], np.int32)
-        return np.array(drawn(self.generator), np.int32)
+            drawn = [
+                [generator.permutation(n) for _ in range(n_epochs)]
+                for generator in group.crew.generators
+            ]
+            return np.array(drawn, np.int32)
+        if self.generator is None:
+            return np.tile(np.arange(n, dtype=np.int32), (n_epochs, 1))
+        self._draw(n_epochs)
+        return np.array([self._drawn.popleft() for _ in range(n_epochs)], np.int32)
+
+    def _draw(self, n_epochs: int) -> None:
+        """Have the common orders of so many epochs at hand."""
+        assert self.generator is not None
+        while len(self._drawn) < n_epochs:
+            self._drawn.append(self.generator.permutation(self._task.data.n_samples))
 
 
 def make_run(task: Task, *arguments: Any, **options: Any) -> Run:
@@ -762,15 +781,13 @@ def bytes_of_a_model(task: Task) -> int:
     return int(numbers * model.dtype.itemsize + order)
 
 
-def part_size(task: Task, n_models: int, limit: int | None) -> tuple[int, str]:
+def part_size(task: Task, n_models: int) -> tuple[int, str]:
     """Return how many models to train at once, and in words why not all.
 
     Parameters
     ----------
     task : Task
     n_models : int
-    limit : int or None
-        Bytes for models; from the memory that is free unless given.
 
     Raises
     ------
@@ -778,7 +795,7 @@ def part_size(task: Task, n_models: int, limit: int | None) -> tuple[int, str]:
         If not even one model fits.
     """
     device, each = task.model.device, bytes_of_a_model(task)
-    what = "may be used"
+    what, limit = "may be used", task.limit
     if limit is None:
         free = device.memory()[0]
         limit = int(MODEL_SHARE[device.kind] * (2**62 if free is None else free))
@@ -801,7 +818,6 @@ def train_in_parts(
     task: Task,
     results: Results,
     begin: Callable[[Any], Crew],
-    limit: int | None,
     progress: bool | None,
 ) -> None:
     """Train all models, as many at once as the memory holds; where it does not, fewer.
@@ -812,12 +828,10 @@ def train_in_parts(
     results : Results
     begin : callable
         Models by their columns -> Crew, at the start.
-    limit : int or None
-        Bytes for models.
     progress : bool or None
     """
     n = len(results.flat)
-    size, why = part_size(task, n, limit)
+    size, why = part_size(task, n)
     parts = deque(np.array_split(np.arange(n), -(-n // size)))
     if why:
         results.note(f"trained in {len(parts)} parts of up to {len(parts[0])} models: {why}")

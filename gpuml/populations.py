@@ -208,7 +208,7 @@ def train_population(
     with plan.training() as (task, results):
         if keep_paths:
             plan.keep_paths()
-        train_in_parts(task, results, plan.begin, plan.limit, progress)
+        train_in_parts(task, results, plan.begin, progress)
     return plan.finished()
 
 
@@ -657,10 +657,10 @@ class Plan:
         if validation_data is not None:
             self.named |= {"X of the validation data": validation_data[0]}
             self.named |= {"y of the validation data": validation_data[1]}
-        self.limit: int | None = None  # bytes for models
         for_data: int | None = None
+        self._for_models: int | None = None
         if memory_limit is not None:
-            self.limit = for_data = max(1, parse_size(memory_limit) // 2)
+            self._for_models = for_data = max(1, parse_size(memory_limit) // 2)
             if validation_data is not None:
                 for_data = max(1, for_data // 2)
         self._batch_size, self._for_data = batch_size, for_data
@@ -778,6 +778,7 @@ class Plan:
             seed=self._seed,
             engine=engine,
             plan=plan,
+            limit=self._for_models,
         )
 
     def _make_results(self) -> Results:

@@ -173,7 +173,7 @@ def _halve(
 ) -> None:
     """Train stage by stage, and let go of the worst after each but the last."""
     n_models = sizes[0]
-    fits, why = part_size(task, n_models, plan.limit)
+    fits, why = part_size(task, n_models)
     if why:
         raise DeviceMemoryError(f"{why}: a search holds all at once, so lower n_models to {fits}")
 

@@ -80,13 +80,14 @@ def plan(sizes=GOAL, batch_size=64, n_models=1024, n_states=1, **options):
 
 def test_blocks_hold_what_fits_and_spread_over_the_gpu(monkeypatch):
     some_gpu(monkeypatch)
-    assert (plan().models, plan().warps, plan().threads) == (4, 4, 512)
+    assert (plan().models, plan().warps, plan().threads) == (4, 5, 640)
     assert plan(n_models=132).models == 1, "a multiprocessor for each"
     assert plan(n_models=264).models == 2
     assert plan(own_order=True).models == 1
     assert plan(n_states=2).models == 3, "Adam keeps two vectors"
-    assert plan(batch_size=16, sizes=(4, 8, 3), n_models=10**6).models == 8
-    assert plan(batch_size=16).warps == 1
+    assert plan(batch_size=16, sizes=(4, 8, 3), n_models=10**6).models == 10
+    assert plan(batch_size=16).warps == 3, "few, so that more models fit"
+    assert plan(batch_size=1, sizes=(4, 8, 3)).warps == 2, "no more than tiles"
     some_gpu(monkeypatch, capability=(8, 0), shared=163 * 1024)
     assert plan().models == 2
     for n_models in (1, 100, 1000):

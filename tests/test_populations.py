@@ -938,7 +938,7 @@ def test_graphs_are_for_gpus(rng):
 
 def test_on_a_gpu_it_says_why_there_is_no_kernel(device, rng):
     X, y = table(rng, device)
-    settings = {"n_models": 2, "n_epochs": 90}  # so many that a kernel would pay
+    settings = {"n_models": 2, "n_epochs": 300}  # so many that a kernel would pay
     population = gpuml.train_population(gpuml.MLP(SIZES, device=device), X, y, **settings)
     if device.kind == "gpu":
         said = "not fused, since it is for one hidden layer, and these models have 2"
