@@ -88,7 +88,7 @@ examples:
   gpuml bench --peers --workload digits,mnist
   gpuml bench --peers --sizes 100,512,512,20 --batch 256
   gpuml bench --peers --workload wide --precision tf32 --save mine.json
-  gpuml bench --peers --workload population --models 64
+  gpuml bench --peers --workload population --models 16,64
 """
 
 EXIT_CODES = """\
@@ -325,8 +325,10 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     )
     bench.add_argument(
         "--models",
-        type=_positive_int,
-        help="with --workload population or --sizes: train so many models at once (1,024; one)",
+        type=_sizes,
+        metavar="NUMBERS",
+        help="with --workload population or --sizes: train so many models at once, as in 16,256 "
+        "(1024; one)",
     )
     bench.add_argument(
         "--precision",
@@ -920,7 +922,14 @@ def _bench_peers(options: argparse.Namespace) -> int:
 
 def _workloads(options: argparse.Namespace, device: Device) -> list[Workload]:
     """Return what the options ask for."""
-    from gpuml.workloads import PRECISIONS, WORKLOADS, Workload, in_precisions, workloads
+    from gpuml.workloads import (
+        PRECISIONS,
+        WORKLOADS,
+        Workload,
+        in_numbers,
+        in_precisions,
+        workloads,
+    )
 
     if options.batch is not None and options.sizes is None:
         raise CallError("--batch needs --sizes: the workloads that have a name have their batches")
@@ -928,19 +937,19 @@ def _workloads(options: argparse.Namespace, device: Device) -> list[Workload]:
     if names is None and options.sizes is None:
         names = list(WORKLOADS) if device.kind == "gpu" else ["digits"]
     precisions = options.precision or ()
-    n_models = options.models
-    if n_models is not None and options.sizes is None and "population" not in (names or ()):
+    n_models = options.models or ()
+    if n_models and options.sizes is None and "population" not in (names or ()):
         raise CallError("--models needs --workload population, or --sizes")
     found = workloads(
         names or (), device, precisions=precisions, n_steps=options.steps, n_models=n_models
     )
     if options.sizes is not None:
         batch = options.batch or 64
-        many = "" if n_models is None else f"{n_models:,} × "
-        name = f"{many}{'-'.join(map(str, options.sizes))}, batch {batch}"
-        sizes = tuple(options.sizes)
-        own = Workload(name, sizes, batch, options.steps or 64, n_models=n_models)
-        found += in_precisions(own, device, precisions or PRECISIONS[:1])
+        name, sizes = f"{'-'.join(map(str, options.sizes))}, batch {batch}", tuple(options.sizes)
+        many = n_models[0] if n_models else None
+        own = Workload(name, sizes, batch, options.steps or 64, n_models=many)
+        for one in in_numbers(own, n_models):
+            found += in_precisions(one, device, precisions or PRECISIONS[:1])
     return found
 
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
@@ -110,6 +110,8 @@ class PeerTable:
         The fastest first.
     left_out : dict of str to str
         And why.
+    n_models : int
+        How many were trained at once.
     """
 
     title: str
@@ -121,6 +123,7 @@ class PeerTable:
     first_loss: float
     rivals: dict[str, Timing] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    n_models: int = 1
 
     @property
     def ours(self) -> float | None:
@@ -182,6 +185,28 @@ class PeerTable:
         """Make a table again from what :meth:`to_json` returned."""
         rivals = {name: Timing(**timing) for name, timing in table["rivals"].items()}
         return cls(**(dict(table) | {"rivals": rivals}))
+
+
+def by_number(tables: Iterable[PeerTable]) -> dict[str, tuple[list[int], list[float]]]:
+    """Return for each rival how long a step takes as the number of models grows.
+
+    Parameters
+    ----------
+    tables : iterable of PeerTable
+        Of one workload with several numbers of models.
+
+    Returns
+    -------
+    dict of str to (list of int, list of float)
+        Numbers of models, in order, and seconds of a step of all of them.
+    """
+    lines: dict[str, tuple[list[int], list[float]]] = {}
+    for table in sorted(tables, key=lambda table: table.n_models):
+        for name, timing in table.rivals.items():
+            numbers, seconds = lines.setdefault(name, ([], []))
+            numbers.append(table.n_models)
+            seconds.append(timing.seconds)
+    return lines
 
 
 class LeftOutError(Exception):
@@ -492,6 +517,7 @@ def compare_rivals(
             first_loss=team.first_loss(),
             rivals=team.best(),
             left_out=team.left_out(),
+            n_models=workload.n_models or 1,
         )
 
 

@@ -237,6 +237,8 @@ def times(
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     title: str,
     axis: Any = None,
+    *,
+    labels: tuple[str, str] = ("size n", "time [s]"),
 ) -> Any:
     """Draw time against size, both on logarithmic scales.
 
@@ -248,6 +250,8 @@ def times(
         What was timed, and on which devices.
     axis : matplotlib.axes.Axes, optional
         Where to draw; a new figure unless given.
+    labels : tuple of str
+        What the axes show.
 
     Returns
     -------
@@ -256,8 +260,8 @@ def times(
     axis = _axis(axis)
     for i, (label, (sizes, seconds)) in enumerate(lines.items()):
         axis.loglog(sizes, seconds, label=label, **_style(i))
-    axis.set_xlabel("size n")
-    axis.set_ylabel("time [s]")
+    axis.set_xlabel(labels[0])
+    axis.set_ylabel(labels[1])
     return _finished(axis, title)
 
 

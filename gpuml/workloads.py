@@ -155,7 +155,7 @@ def workloads(
     *,
     precisions: Sequence[str] = (),
     n_steps: int | None = None,
-    n_models: int | None = None,
+    n_models: Sequence[int] = (),
 ) -> list[Workload]:
     """Return workloads by name, in the precisions that are wanted.
 
@@ -168,8 +168,8 @@ def workloads(
         Unless given, float32, and on a GPU for ``"wide"`` tf32 and bfloat16 as well.
     n_steps : int, optional
         In an epoch, instead of the workload's own.
-    n_models : int, optional
-        In a population, instead of the workload's own.
+    n_models : sequence of int
+        In a population, one after the other, instead of the workload's own.
 
     Raises
     ------
@@ -182,14 +182,15 @@ def workloads(
             raise ValueError(unknown_name("workload", name, WORKLOADS))
         usual = PRECISIONS if name == "wide" and device.kind == "gpu" else PRECISIONS[:1]
         found += in_precisions(WORKLOADS[name], device, precisions or usual)
-    return [_changed(workload, n_steps, n_models) for workload in found]
+    found = [replace(workload, n_steps=n_steps or workload.n_steps) for workload in found]
+    return [one for workload in found for one in in_numbers(workload, n_models)]
 
 
-def _changed(workload: Workload, n_steps: int | None, n_models: int | None) -> Workload:
-    workload = replace(workload, n_steps=n_steps or workload.n_steps)
-    if workload.n_models is None or n_models is None:
-        return workload
-    return replace(workload, name=f"{workload.name} of {n_models:,}", n_models=n_models)
+def in_numbers(workload: Workload, n_models: Sequence[int]) -> list[Workload]:
+    """Return a population once for each number of models, named after it; others as they are."""
+    if workload.n_models is None or not n_models:
+        return [workload]
+    return [replace(workload, name=f"{n:,} × {workload.name}", n_models=n) for n in n_models]
 
 
 def in_precisions(workload: Workload, device: Device, precisions: Sequence[str]) -> list[Workload]:

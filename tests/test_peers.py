@@ -230,10 +230,10 @@ def test_workloads_are_data(tmp_path):
     found = workloads.workloads(["wide", "mnist"], gpu, n_steps=2)
     assert [w.name for w in found] == ["wide", "wide, tf32", "wide, bfloat16", "mnist"]
     assert {w.n_steps for w in found} == {2}
-    [few] = workloads.workloads(["population"], CPU, n_models=64)
-    assert (few.name, few.n_models) == ("population of 64", 64)
-    assert str(few).startswith("population of 64: 64 × MLP 64-32-10, batch 64")
-    [same] = workloads.workloads(["digits"], CPU, n_models=64)
+    few, many = workloads.workloads(["population"], CPU, n_models=[64, 2048])
+    assert (many.name, many.n_models) == ("2,048 × population", 2048)
+    assert str(few).startswith("64 × population: 64 × MLP 64-32-10, batch 64")
+    [same] = workloads.workloads(["digits"], CPU, n_models=[64])
     assert same.n_models is None
     with pytest.raises(ValueError, match="unknown workload 'digit': did you mean 'digits'"):
         workloads.workloads(["digit"], CPU)
@@ -316,6 +316,22 @@ def test_the_table_shows_ratios_and_the_share_of_the_floor():
         "gpuml graph ran by its engine eager",
         "left out: PyTorch compile: no compiler",
     ]
+
+
+def test_tables_are_joined_by_the_number_of_models():
+    def table(n: int, **seconds: float) -> PeerTable:
+        rivals = {name: Timing(t, t, t, 1.0, 0.5) for name, t in seconds.items()}
+        return PeerTable("p", "d", "2026-01-01", 1e-6, "memory", 3, 2.0, rivals, n_models=n)
+
+    tables = [table(256, a=3e-6, b=9e-6), table(1, a=1e-6), table(16, b=8e-6, a=2e-6)]
+    lines = peers.by_number(tables)
+    assert lines == {"a": ([1, 16, 256], [1e-6, 2e-6, 3e-6]), "b": ([16, 256], [8e-6, 9e-6])}
+    older = tables[0].to_json()
+    del older["n_models"]
+    assert PeerTable.from_json(older).n_models == 1
+    labels = ("models", "time of a step [s]")
+    [axis] = gpuml.plots.times(lines, "title", labels=labels).axes
+    assert (axis.get_xlabel(), axis.get_ylabel()) == labels
 
 
 # --- gpuml bench --peers -----------------------------------------------------------------------
