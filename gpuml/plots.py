@@ -614,6 +614,8 @@ def loss_by_learning_rate(
             style = {"s": 22, "marker": marker, "color": color, "linewidths": 1}
             heights = np.full(n, height)
             axis.scatter(rates[chosen], heights, transform=edge, label=f"{n} {what}", **style)
+    margin = max((rates.max() / rates.min()) ** 0.03, 1.05)
+    axis.set_xlim(rates.min() / margin, rates.max() * margin)  # what is at the edge as well
     axis.set_xlabel("learning rate")
     axis.set_ylabel(_words(quantity))
     return _finished(axis, title)

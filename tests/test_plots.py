@@ -263,6 +263,9 @@ def test_losses_by_learning_rate_mark_the_best_and_those_that_are_lost():
     assert lost[:, 0].tolist() == [10, 100]
     labels = [text.get_text() for text in axis.get_legend().get_texts()]
     assert labels == ["best: 0.5 at 0.1", "1 far above", "2 diverged"]
+    low, high = axis.get_xlim()
+    assert 0 < low < 0.001, "those that diverged are in the picture"
+    assert 100 < high < 1000, "those that diverged are in the picture"
     axis = plots.loss_by_learning_rate([1, 2], [0.2, 0.7], "accuracy", "").axes[0]
     np.testing.assert_allclose(axis.collections[1].get_offsets(), [[2, 0.7]])
     assert axis.get_yscale() == "linear"
