@@ -618,6 +618,8 @@ def loss_by_learning_rate(
             style = {"s": 22, "marker": marker, "color": color, "linewidths": 1}
             heights = np.full(n, height)
             axis.scatter(rates[chosen], heights, transform=edge, label=f"{n} {what}", **style)
+    margin = max((rates.max() / rates.min()) ** 0.03, 1.05)
+    axis.set_xlim(rates.min() / margin, rates.max() * margin)  # what is at the edge as well
     axis.set_xlabel("learning rate")
     axis.set_ylabel(_words(quantity))
     return _finished(axis, title)
@@ -660,6 +662,7 @@ def loss_surface(
         If the shapes do not fit.
     """
     from matplotlib import colormaps
+    from matplotlib.collections import LineCollection
     from matplotlib.colors import ListedColormap, LogNorm
 
     first, second, losses, paths = (np.asarray(a, float) for a in (first, second, losses, paths))
@@ -679,19 +682,29 @@ def loss_surface(
     bar = axis.figure.colorbar(image, ax=axis, label="loss")
     bar.ax.yaxis.set_major_formatter(_two_digits)
     few = paths.shape[1] <= len(COLORS)
-    for i in range(paths.shape[1]):
-        path = paths[:, i]
-        path = path[: int(np.isnan(path).any(axis=1).argmax()) or len(path)]
-        color = COLORS[i % len(COLORS)] if few else COLORS[0]
-        axis.plot(*path.T, color=color, linewidth=1.4 if few else 0.7, alpha=1 if few else 0.6)
-        axis.plot(*path[0], "o", color="white", markeredgecolor=color, markersize=5)
-        axis.plot(*path[-1], "*", color=color, markeredgecolor="white", markersize=11)
+    paths = [_until_nan(path) for path in paths.swapaxes(0, 1)]
+    colors = [COLORS[i] if few else COLORS[0] for i in range(len(paths))]
+    width, opacity = (1.4, 1.0) if few else (0.7, 0.5)
+    axis.add_collection(LineCollection(paths, colors=colors, linewidths=width, alpha=opacity))
+    for place, marker, size, face, edge in (
+        (0, "o", 25.0, "white", colors),
+        (-1, "*", 120.0, colors, "white"),
+    ):
+        points = np.array([path[place] for path in paths]).reshape(-1, 2)
+        style = {"s": size if few else size / 3, "linewidths": 1 if few else 0.5, "zorder": 3}
+        axis.scatter(*points.T, marker=marker, facecolors=face, edgecolors=edge, **style)
     axis.set_xlim(first[0], first[-1])
     axis.set_ylim(second[0], second[-1])
     axis.set_xlabel(names[0])
     axis.set_ylabel(names[1])
     axis.set_title(title + "; from circles to stars", fontsize="medium")
     return axis.figure
+
+
+def _until_nan(path: Any) -> Any:
+    """Return the points of a path before the first that has a NaN."""
+    gone = np.isnan(path).any(axis=1)
+    return path[: gone.argmax()] if gone.any() else path
 
 
 def _far(values: Any, is_loss: bool) -> Any:

@@ -263,6 +263,9 @@ def test_losses_by_learning_rate_mark_the_best_and_those_that_are_lost():
     assert lost[:, 0].tolist() == [10, 100]
     labels = [text.get_text() for text in axis.get_legend().get_texts()]
     assert labels == ["best: 0.5 at 0.1", "1 far above", "2 diverged"]
+    low, high = axis.get_xlim()
+    assert 0 < low < 0.001, "those that diverged are in the picture"
+    assert 100 < high < 1000, "those that diverged are in the picture"
     axis = plots.loss_by_learning_rate([1, 2], [0.2, 0.7], "accuracy", "").axes[0]
     np.testing.assert_allclose(axis.collections[1].get_offsets(), [[2, 0.7]])
     assert axis.get_yscale() == "linear"
@@ -278,14 +281,16 @@ def test_a_surface_has_a_path_for_each_model_up_to_where_it_was_lost():
     losses = first**2 + second[:, None] ** 2
     paths = np.array([[[0.5, 1.0], [1.0, -1.0]], [[0.2, 0.5], [np.nan, np.nan]]])
     axis = plots.loss_surface(first, second, losses, paths, ["u", "v"], "models").axes[0]
-    drawn = [line.get_xydata().tolist() for line in axis.lines]
-    assert drawn[0] == [[0.5, 1.0], [0.2, 0.5]]
-    assert drawn[1] == [[0.5, 1.0]]  # the start
-    assert drawn[2] == [[0.2, 0.5]]  # the end
-    assert drawn[3] == [[1.0, -1.0]]
+    lines, starts, ends = axis.collections[-3:]
+    drawn = [path.vertices.tolist() for path in lines.get_paths()]
+    assert drawn == [[[0.5, 1.0], [0.2, 0.5]], [[1.0, -1.0]]]
+    assert starts.get_offsets().tolist() == [[0.5, 1.0], [1.0, -1.0]]
+    assert ends.get_offsets().tolist() == [[0.2, 0.5], [1.0, -1.0]]
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("u", "v")
     assert axis.get_xlim() == (-1, 1)
     figure = plots.loss_surface(first, second, losses + 1e-3, paths, ["u", "v"], "")
     assert figure.axes[1].get_yscale() == "log"
+    axis = plots.loss_surface(first, second, losses, paths[:, [0] * 1000], ["u", "v"], "").axes[0]
+    assert len(axis.collections[-3].get_paths()) == 1000  # in one artist, else it takes seconds
     with pytest.raises(ValueError, match="expected \\(7, 5\\) and"):
         plots.loss_surface(first, second, losses.T, paths, ["u", "v"], "")
