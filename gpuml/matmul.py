@@ -699,9 +699,11 @@ def _cublas_types(dtype: np.dtype[Any], precision: Precision | None) -> tuple[in
         "bfloat16": cublas.CUBLAS_COMPUTE_32F_FAST_16BF,
     }
     single, double = ways[precision], cublas.CUBLAS_COMPUTE_64F
+    # The ways with rounded factors are for float32: of other types cuBLAS refuses them at times.
+    half = cublas.CUBLAS_COMPUTE_32F
     code, way, sums = {
-        "float16": (runtime.CUDA_R_16F, single, "f"),
-        "bfloat16": (runtime.CUDA_R_16BF, single, "f"),
+        "float16": (runtime.CUDA_R_16F, half, "f"),
+        "bfloat16": (runtime.CUDA_R_16BF, half, "f"),
         "float32": (runtime.CUDA_R_32F, single, "f"),
         "float64": (runtime.CUDA_R_64F, double, "d"),
         "complex64": (runtime.CUDA_C_32F, single, "F"),

@@ -207,6 +207,10 @@ def test_the_precision_is_passed_on_for_one_call(simulated, rng, monkeypatch):
         for precision in ("tf32", "bfloat16", "float32", None):
             products.matmul(x, x, precision=precision)
     assert told == [77, 75, 68, 68] * 2
+    half = Array(rng.normal(size=(4, 4)).astype(np.float16))
+    for precision in ("bfloat16", None):
+        products.matmul(half, half, precision=precision)
+    assert told[8:] == [68, 68], "cuBLAS has tf32 and bfloat16 ways for float32 alone"
 
 
 def test_inside_a_capture_the_other_library_is_called(simulated, rng, monkeypatch):
