@@ -12,22 +12,26 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from gpuml import __version__
 
 if TYPE_CHECKING:
     from gpuml.datasets import Dataset, HostArray, Preprocessing, Task
     from gpuml.devices import Device
+    from gpuml.distributed import Communicator
     from gpuml.history import History
     from gpuml.models import Model
     from gpuml.optimizers import Optimizer
     from gpuml.peers import PeerTable
     from gpuml.recordings import Recording
     from gpuml.workloads import Workload
+
+Prepared = TypeVar("Prepared")
 
 DONE, FAILED, WRONG_CALL, INTERRUPTED = 0, 1, 2, 130  # 130: what shells report after Ctrl-C
 
@@ -170,7 +174,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(message: object, code: int) -> int:
-    print("gpuml:", *str(message).split(), file=sys.stderr)  # on one line, whatever is in it
+    if str(message):  # else another rank says it
+        print("gpuml:", *str(message).split(), file=sys.stderr)  # on one line, whatever is in it
     return code
 
 
@@ -455,13 +460,62 @@ def _device(options: argparse.Namespace) -> Device:
 
 
 def _train(options: argparse.Namespace) -> int:
+    from gpuml.distributed import ranks
+
+    with _finding_faults():
+        together = ranks()
+    first = together.rank == 0  # which says and writes everything
+    with ExitStack() as stack:
+
+        def prepare() -> tuple[_Job, Path]:
+            job = _prepare(options, writes=first)
+            folder = stack.enter_context(_results_folder(job.wanted)) if first else Path()
+            return job, folder
+
+        # Whatever is wrong with the call comes out here, before anything is written.
+        job, folder = _on_all_ranks(together, prepare)
+        history, code, trouble = _run(job, options)
+        if not first:
+            return code
+        if not len(history):
+            return _complain(f"{trouble}; nothing saved: no epoch was finished", code)
+        if trouble:
+            _complain(f"{trouble}; the model of epoch {len(history)} is kept", code)
+        written: list[str] = []
+        try:
+            _save(folder, job.model, history, written)
+            print(_report(options, job, history, folder))
+        except KeyboardInterrupt:
+            if not written:
+                raise
+            missing = "" if PICTURE_FILE in written else "; the picture is missing"
+            raise Interrupted(
+                f"stopped by Ctrl-C after training: the model is saved in {folder}{missing}"
+            ) from None
+    return code
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What ``gpuml train`` was asked for, checked."""
+
+    optimizer: Optimizer
+    wanted: Path | None  # folder for the results
+    data: Dataset
+    task: Task
+    model: Model
+    training_data: tuple[HostArray, HostArray]
+    held_out: tuple[HostArray, HostArray]
+    raw_held_out: tuple[HostArray, HostArray]
+
+
+def _prepare(options: argparse.Namespace, *, writes: bool) -> _Job:
     from gpuml.datasets import Preprocessing, split
     from gpuml.models import MLP, Linear
 
-    # Whatever is wrong with the call comes out here, before anything is written.
     with _finding_faults():
         optimizer = _optimizer(options)
-        wanted = _check_folder(options, RESULTS)
+        wanted = _check_folder(options, RESULTS) if writes else None
         device = _device(options)
         data, y, task = _training_data(options)
         with _doubting_the_task(options, y, task):
@@ -487,27 +541,31 @@ def _train(options: argparse.Namespace) -> int:
             else Linear(*sizes, device=device)
         )
         model.preprocessing = preprocessing
-        training_data = preprocessing.features(X_train), preprocessing.targets(y_train)
-        held_out = preprocessing.features(X_test), preprocessing.targets(y_test)
+        return _Job(
+            optimizer=optimizer,
+            wanted=wanted,
+            data=data,
+            task=task,
+            model=model,
+            training_data=(preprocessing.features(X_train), preprocessing.targets(y_train)),
+            held_out=(preprocessing.features(X_test), preprocessing.targets(y_test)),
+            raw_held_out=(X_test, y_test),
+        )
 
-    with _results_folder(wanted) as folder:
-        history, code, trouble = _run(model, training_data, held_out, optimizer, options)
-        if not len(history):
-            return _complain(f"{trouble}; nothing saved: no epoch was finished", code)
-        if trouble:
-            _complain(f"{trouble}; the model of epoch {len(history)} is kept", code)
-        written: list[str] = []
-        try:
-            _save(folder, model, history, written)
-            print(_report(options, data, task, model, history, (X_test, y_test), folder))
-        except KeyboardInterrupt:
-            if not written:
-                raise
-            missing = "" if PICTURE_FILE in written else "; the picture is missing"
-            raise Interrupted(
-                f"stopped by Ctrl-C after training: the model is saved in {folder}{missing}"
-            ) from None
-    return code
+
+def _on_all_ranks(together: Communicator, prepare: Callable[[], Prepared]) -> Prepared:
+    """Return what this rank prepared, if all could; else the first that could not says why."""
+    prepared, fault = None, ""
+    try:
+        prepared = prepare()
+    except CallError as error:
+        fault = str(error)
+    faults = together.gather(fault)
+    if prepared is not None and not any(faults):
+        return prepared
+    first = [bool(text) for text in faults].index(True)
+    where = f"rank {first} of {len(faults)}: " if first > 0 else ""
+    raise CallError(f"{where}{fault}" if first == together.rank else "")
 
 
 @contextmanager
@@ -531,28 +589,26 @@ def _doubting_the_task(options: argparse.Namespace, y: HostArray, task: Task) ->
         raise DataError(f"{error}{hint}") from None
 
 
-def _run(
-    model: Model,
-    training_data: tuple[HostArray, HostArray],
-    held_out: tuple[HostArray, HostArray],
-    optimizer: Optimizer,
-    options: argparse.Namespace,
-) -> tuple[History, int, str]:
+def _run(job: _Job, options: argparse.Namespace) -> tuple[History, int, str]:
     """Train; return the history, the exit code, and what went wrong."""
+    from gpuml.distributed import DistributedError, ranks
     from gpuml.training import DivergenceError, TrainingInterrupted, train
 
-    is_classification = model.preprocessing is not None and model.preprocessing.classes
+    preprocessing = job.model.preprocessing
+    is_classification = preprocessing is not None and preprocessing.classes
     try:
         history = train(
-            model,
-            *training_data,
+            job.model,
+            *job.training_data,
             loss="cross_entropy" if is_classification else "mean_squared_error",
-            optimizer=optimizer,
+            optimizer=job.optimizer,
             n_epochs=options.epochs,
             batch_size=options.batch_size,
-            validation_data=held_out,
+            validation_data=job.held_out,
             seed=options.seed,
         )
+    except DistributedError as error:  # on all of them
+        raise CallError("" if ranks().rank else error) from None
     except DivergenceError as error:
         return error.history, FAILED, str(error)
     except TrainingInterrupted as error:
@@ -690,16 +746,9 @@ def _figure(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 1e6 else f"{value:.4g}"
 
 
-def _report(
-    options: argparse.Namespace,
-    data: Dataset,
-    task: Task,
-    model: Model,
-    history: History,
-    held_out: tuple[HostArray, HostArray],
-    folder: Path,
-) -> str:
-    what = f"{model.sizes[-1]} classes" if task == "classification" else "regression"
+def _report(options: argparse.Namespace, job: _Job, history: History, folder: Path) -> str:
+    data, model, held_out = job.data, job.model, job.raw_held_out
+    what = f"{model.sizes[-1]} classes" if job.task == "classification" else "regression"
     batch = _count(history.batch_size, "row")
     if options.batch_size > history.n_samples:
         batch = f"all {batch} ({options.batch_size:,} were asked for)"
@@ -710,7 +759,9 @@ def _report(
         "data": f"{data.name}: {rows}, {features}, {what}",
         **_constant(model.preprocessing),
         "model": repr(model),
-        "training": f"{epochs} in batches of {batch}, {options.optimizer}",
+        "training": ", ".join(
+            [f"{epochs} in batches of {batch}", options.optimizer, *history.notes]
+        ),
         "held out": f"{n_test}: {_quality(model, history, *held_out)}",
         "time": f"{history.seconds:.2f} s, {history.samples_per_second:,.0f} samples/s",
         "results": f"{folder}{os.sep} with {', '.join(RESULTS)}",

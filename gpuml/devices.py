@@ -218,7 +218,7 @@ def to_host(a: Any) -> Any:
 
 
 @contextmanager
-def blas_threads(largest_product: float) -> Iterator[None]:
+def blas_threads(largest_product: float, most: int | None = None) -> Iterator[None]:
     """Limit NumPy's BLAS to one thread while products are small; restore it afterwards.
 
     Starting a second thread costs some microseconds, as long as a small matrix product.
@@ -227,12 +227,17 @@ def blas_threads(largest_product: float) -> Iterator[None]:
     ----------
     largest_product : float
         Floating-point operations of the largest matrix product to come: 2 M N K.
+    most : int, optional
+        Threads for large products, where other processes need cores as well.
     """
-    if largest_product >= SERIAL_PRODUCT:
+    if largest_product < SERIAL_PRODUCT or most == 1:
+        with _ONE_THREAD:
+            yield
+    elif most is None:
         yield
-        return
-    with _ONE_THREAD:
-        yield
+    else:
+        with _thread_pools().limit(limits=most, user_api="blas"):
+            yield
 
 
 class _OneThread:

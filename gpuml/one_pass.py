@@ -71,7 +71,13 @@ def pays(model: Model, X: Array) -> bool:
 
 
 def gradient(
-    X: Array, Y: Array, parameters: Parameters, gradients: Parameters, *, scale: float | None = None
+    X: Array,
+    Y: Array,
+    parameters: Parameters,
+    gradients: Parameters,
+    *,
+    scale: float | None = None,
+    n_threads: int | None = None,
 ) -> Array:
     """Write the gradient of the mean squared error of X W + b, and return the error.
 
@@ -85,6 +91,8 @@ def gradient(
         ``weight`` and, if the model has one, ``bias``. `gradients` is overwritten.
     scale : float, optional
         What the sum of squares is multiplied by; 1 / (n · n_outputs) unless given.
+    n_threads : int, optional
+        On the CPU; as many as there are cores unless given.
 
     Returns
     -------
@@ -104,13 +112,15 @@ def gradient(
     xp = array_module(X, Y, parameters.flat, gradients.flat)
     if scale is None:
         scale = 1 / (len(X) * Y.shape[1])
-    return (_on_host if xp is np else _on_gpu)(X, Y, parameters, gradients, scale)
+    if xp is np:
+        return _on_host(X, Y, parameters, gradients, scale, n_threads or cpu_count())
+    return _on_gpu(X, Y, parameters, gradients, scale)
 
 
 def _on_host(
-    X: Array, Y: Array, parameters: Parameters, gradients: Parameters, scale: float
+    X: Array, Y: Array, parameters: Parameters, gradients: Parameters, scale: float, n_threads: int
 ) -> Array:
-    edges = np.linspace(0, len(X), cpu_count() + 1).astype(int)
+    edges = np.linspace(0, len(X), n_threads + 1).astype(int)
     parts = [slice(*edge) for edge in pairwise(edges)]
     with blas_threads(0):  # each thread of ours has one of the BLAS library's
         sums = list(_pool().map(lambda part: _part_on_host(X[part], Y[part], parameters), parts))

@@ -11,6 +11,7 @@ from gpuml.batches import Batches
 from gpuml.cpu_layers import CpuGradient
 from gpuml.cpu_populations import CpuPopulationGradient
 from gpuml.devices import Array, array_module
+from gpuml.distributed import Communicator, share_of
 from gpuml.errors import unknown_name
 from gpuml.fused import FusedStep
 from gpuml.losses import Loss, mean_squared_error
@@ -88,13 +89,16 @@ class EagerStep:
             and gpu_layers.fused(model.device.xp)
             and type(optimizer) in OPTIMIZERS.values()
         )
-        self._gradients = model.parameters.zeros_like()
+        self._gradients = self._make_gradients()
         self._total: Any = None  # of the parts so far
         self.state = optimizer.init(model.parameters)
         self._on_cpu: CpuGradient | CpuPopulationGradient | None = None
         for kind in (CpuGradient, CpuPopulationGradient):
             if kind.limit(model, loss) is None:
                 self._on_cpu = kind(model, loss, self._gradients)
+
+    def _make_gradients(self) -> Parameters:
+        return self._model.parameters.zeros_like()
 
     def _gradient(self, x: Array, y: Array) -> Array:
         if self._on_cpu is not None and self._on_cpu.fits(x):
@@ -125,6 +129,54 @@ class EagerStep:
         """Take the step for which all parts have been added."""
         self._optimizer.update(self._parameters, self._total, self.state)
         self._total.flat[...] = 0
+
+
+class RankStep(EagerStep):
+    """The same work, each rank on its share of the rows; gradients are added up over all ranks.
+
+    Parameters
+    ----------
+    model : Model
+    loss : callable
+    optimizer : Optimizer
+    communicator : Communicator
+    engine : {"eager", "one_pass"}
+        How a rank computes its gradient.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        loss: Loss,
+        optimizer: Optimizer,
+        communicator: Communicator,
+        engine: str = "eager",
+    ) -> None:
+        self._communicator, self.engine = communicator, engine
+        super().__init__(model, loss, optimizer)
+
+    def _make_gradients(self) -> Parameters:
+        # The loss behind the gradient: one sum over all ranks for both.
+        parameters = self._model.parameters
+        self._sums = self._model.device.xp.zeros(parameters.flat.size + 1, parameters.flat.dtype)
+        return Parameters(self._sums[:-1], parameters.shapes)
+
+    def _gradient(self, x: Array, y: Array) -> Array:
+        rows = share_of(len(x), self._communicator)
+        n = rows.stop - rows.start
+        if n:
+            self._sums[-1] = self._own_gradient(x[rows], y[rows])
+            self._sums *= n / len(x)
+        else:  # of a batch with fewer rows than there are ranks
+            self._sums[...] = 0
+        self._communicator.all_reduce(self._sums)
+        return self._sums[-1].copy()
+
+    def _own_gradient(self, x: Array, y: Array) -> Array:
+        if self.engine == "eager":
+            return super()._gradient(x, y)
+        n_threads = self._communicator.n_threads
+        return one_pass.gradient(x, y, self._parameters, self._gradients, n_threads=n_threads)
 
 
 class GraphStep(EagerStep):
@@ -258,6 +310,7 @@ def make_step(
     *,
     n_epochs: int = 1,
     before: str | None = None,
+    communicator: Communicator | None = None,
 ) -> Step | FusedStep:
     """Put the step together, by the engine that is asked for or the best that can hold it.
 
@@ -274,6 +327,8 @@ def make_step(
         How often the data will pass: for few steps nothing is compiled.
     before : str, optional
         The engine by which this training began, which is to go on with it if it can.
+    communicator : Communicator, optional
+        The ranks that share the work, if there are several.
 
     Returns
     -------
@@ -287,6 +342,15 @@ def make_step(
     if engine is not None and engine not in ENGINES:
         raise ValueError(unknown_name("engine", engine, ENGINES))
     checked_precision(precision, model.dtype)
+    if communicator is not None and communicator.world_size > 1:
+        if engine not in (None, "eager"):
+            raise ValueError(
+                f"engine='{engine}' trains in one process, and there are "
+                f"{communicator.world_size} ranks: leave it away"
+            )
+        read_once = _limit("one_pass", model, loss, optimizer, data, precision, None) is None
+        kind = "one_pass" if read_once and engine is None else "eager"
+        return RankStep(model, loss, optimizer, communicator, kind)
     trained = model, loss, optimizer, data
     chosen: list[str] = [engine] if engine else ["fused", "one_pass", "graph", "eager"]
     reasons: list[str] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import math
 import sys
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from gpuml import __version__
 from gpuml.batches import (
     GATHERED_BYTES,
     ArrayBatches,
@@ -26,6 +28,7 @@ from gpuml.batches import (
 from gpuml.blocking import parse_size
 from gpuml.checkpoints import fingerprint_data, load_checkpoint, save_checkpoint, saved_facts
 from gpuml.devices import CPU, Array, Device, array_module, blas_threads, device_of, to_host
+from gpuml.distributed import Alone, Communicator, DistributedError, check_agreement, ranks
 from gpuml.errors import DataError, GpumlError
 from gpuml.fused import FusedStep
 from gpuml.gpu_layers import EpochEnd, all_finite, fused
@@ -98,6 +101,7 @@ def train(
     memory_limit: int | str | None = None,
     engine: Engine | None = None,
     precision: Precision | None = None,
+    communicator: Communicator | None = None,
     progress: bool | None = None,
 ) -> History:
     """Train a model in place, on the device where it lives, and return what happened.
@@ -155,8 +159,13 @@ def train(
         How a GPU multiplies float32: exactly unless given. With ``"bfloat16"`` activations are
         stored in 16 bits too; weights, gradients and their updates stay float32. A CPU
         multiplies exactly.
+    communicator : Communicator, optional
+        The processes that train this model together. Unless given those that ``mpiexec`` started,
+        if it did: each gets the same data and takes its share of the rows of each batch, and all
+        end with the same bits. ``gpuml.distributed.Alone()`` for a training of its own.
     progress : bool, optional
-        Whether to show a progress bar on standard error; if that is a terminal unless given.
+        Whether to show a progress bar on standard error; if that is a terminal unless given. Of
+        several ranks, only the first shows it.
 
     Returns
     -------
@@ -166,6 +175,8 @@ def train(
     ------
     TypeError
         If `X` lives on a GPU and the model elsewhere.
+    DistributedError
+        If ranks were told different things, or have GPUs: so far they train on CPUs.
     ValueError
         If shapes do not fit, labels are not classes of the model, or a setting is out of range.
     CheckpointError
@@ -196,6 +207,7 @@ def train(
         if validation_data is None:
             raise ValueError("patience needs validation_data to watch")
     optimizer = get_optimizer(optimizer)
+    communicator = communicator or ranks()
     limit = None if memory_limit is None else parse_size(memory_limit)
     if limit is not None and validation_data is not None:
         limit = max(1, limit // 2)  # for each of the two
@@ -208,6 +220,7 @@ def train(
         # Taken up again, for more epochs perhaps, a run keeps the engine with which it began.
         before = None if checkpoint is None else saved_facts(checkpoint).get("engine")
         options: dict[str, Any] = {"n_epochs": n_epochs, "before": before}
+        options["communicator"] = communicator
         step = make_step(model, loss, optimizer, data, engine, precision, **options)
         history = History(
             device=str(model.device),
@@ -217,10 +230,13 @@ def train(
         )
         kind = _FusedRun if isinstance(step, FusedStep) else _Run
         run = kind(model, data, held_out, loss, step, history)
+        run.communicator = communicator
         run.generator = np.random.default_rng(seed) if shuffle else None
         run.schedule = None if schedule is None else get_schedule(schedule)
         run.patience = patience
-        if checkpoint is not None:
+        several = communicator.world_size > 1
+        facts: dict[str, Any] = {}
+        if checkpoint is not None or several:
             facts = {
                 "model": repr(model),
                 "loss": _named(loss),
@@ -237,17 +253,29 @@ def train(
                 "data": _fingerprint(X, y) or {"rows of the source": data.n_samples},
                 "validation data": None if held_out is None else _fingerprint(*validation_data),  # type: ignore[misc]
             }
-            if precision is not None:  # a file from before there was a precision stays good
-                facts["precision"] = precision
+        if precision is not None:  # a file from before there was a precision stays good
+            facts["precision"] = precision
+        if several:
+            _check_ranks(communicator, facts | {"n_epochs": n_epochs}, model)
+        if checkpoint is not None:
             run.checkpoint = _Checkpoint(checkpoint, facts, checkpoint_every)
+            run.checkpoint.writes = communicator.rank == 0
             run.take_up()
+            if several:
+                found = {f"the number of epochs in {checkpoint}": len(history)}
+                _check_ranks(communicator, found, model)
+        if communicator.rank > 0:
+            progress = False
         bar = ProgressBar(progress, n_epochs, data.n_steps, len(history))
         try:
             # NumPy's warnings about overflow say less than DivergenceError, which follows them.
-            threads = blas_threads(largest_product(model, data.batch_size))
+            product = largest_product(model, data.batch_size) / communicator.world_size
+            threads = blas_threads(product, communicator.n_threads if several else None)
             with threads, np.errstate(all="ignore"), bar:
                 run.train(n_epochs, bar)
         except BaseException as error:
+            if not isinstance(error, KeyboardInterrupt | _NotFiniteError):
+                communicator.end_all(error)  # the other ranks do not know of it
             run.give_up()
             if isinstance(error, KeyboardInterrupt):
                 raise TrainingInterrupted(history) from None
@@ -260,6 +288,8 @@ def train(
                 raise DivergenceError(message, history) from None
             raise
         history.engine = step.engine
+        if several:
+            history.notes.append(f"trained by {communicator.world_size} ranks")
         if step.reason:
             history.notes.insert(0, f"engine {step.engine}: {step.reason}")
     return history
@@ -288,6 +318,7 @@ class _Run:
         self.schedule: Schedule | None = None
         self.patience: int | None = None
         self.checkpoint: _Checkpoint | None = None
+        self.communicator: Communicator = Alone()
         self.best: tuple[float, int, Array] | None = None  # validation loss, epoch, weights
         self.flat = model.parameters.flat
         # The weights of the last two epochs that ended well, in turn: an interruption at any
@@ -325,6 +356,7 @@ class _Run:
         """Train epoch by epoch."""
         looked = time.monotonic()
         each = self.held_out is not None or self.checkpoint is not None
+        each |= self.communicator.world_size > 1  # all of them find a fault in the same epoch
         for epoch in range(len(self.history) + 1, n_epochs + 1):
             if self._out_of_patience():
                 break
@@ -361,7 +393,7 @@ class _Run:
                 del x, y
                 if time.monotonic() - looked > HEARTBEAT:
                     bad = ~np.isfinite(to_host(self.losses[: i + 1]))  # and so wait for the device
-                    if bad.any():
+                    if bad.any() and self.communicator.world_size == 1:
                         self.losses[i + 1 :] = 0  # no need to go on to the end of the epoch
                         return
                     bar.show_step(i + 1)
@@ -414,7 +446,10 @@ class _Run:
     def _measure(self, row: dict[str, float]) -> None:
         """Measure on the validation data, and remember the best epoch."""
         assert self.held_out is not None
-        for name, value in _evaluate(self.model, self.held_out, self.loss).items():
+        measured = _evaluate(self.model, self.held_out, self.loss)
+        if self.communicator.world_size > 1:  # on unlike machines the last bits could differ
+            measured = self.communicator.gather(measured)[0]
+        for name, value in measured.items():
             if not math.isfinite(value) and name != "r2":
                 what = f"the validation {name} is not finite"
                 raise _NotFiniteError(self.data.n_steps, what)
@@ -647,6 +682,7 @@ class _Checkpoint:
         self.epochs, self.seconds = _interval(every)
         check_place(self.path)  # now rather than after hours
         self.written = time.monotonic()
+        self.writes = True
 
     def load(self) -> tuple[dict[str, Any], dict[str, Any]] | None:
         """Return what was saved, or None if there is no file."""
@@ -659,7 +695,9 @@ class _Checkpoint:
         return len(history) % self.epochs == 0
 
     def save(self, run: _Run) -> None:
-        """Write the state; until that is done, the older file stays."""
+        """Write the state, of several ranks only one; until that is done, the older file stays."""
+        if not self.writes:
+            return
         arrays, state = run.state()
         save_checkpoint(self.path, arrays=arrays, state=state, facts=self.facts)
         self.written = time.monotonic()
@@ -985,6 +1023,18 @@ def is_pair(value: Any) -> bool:
 def _settings(optimizer: Optimizer) -> Any:
     """Return what makes an optimizer equal to another."""
     return optimizer.settings() if hasattr(optimizer, "settings") else _named(optimizer)
+
+
+def _check_ranks(communicator: Communicator, settings: dict[str, Any], model: Model) -> None:
+    """Refuse ranks that were told different things, have other weights, or have GPUs."""
+    if model.device.kind == "gpu":
+        raise DistributedError(
+            f"{communicator.world_size} ranks train on CPUs so far, and the model is on "
+            f"{model.device.name}: make it with device='cpu', or set GPUML_DEVICE=cpu"
+        )
+    weights = hashlib.sha256(model.parameters.flat.tobytes()).hexdigest()
+    others = {"gpuml's version": __version__, "the weights to begin with": weights[:16]}
+    check_agreement(communicator, settings | others)
 
 
 def _named(thing: Any) -> str:

@@ -23,7 +23,7 @@ NOTEBOOKS = sorted(
 )
 
 FLOORS = [
-    {"errors", "devices", "kernels", "memory_maps", "blocking", "gpu_layers"},
+    {"errors", "devices", "kernels", "memory_maps", "blocking", "gpu_layers", "distributed"},
     {"matmul", "losses", "datasets", "model_files", "plots", "timing", "staging", "journal"}
     | {"metrics", "schedules", "operations", "rounding"},
     {"models", "optimizers", "batches", "history", "blocked"}
@@ -40,6 +40,7 @@ NEIGHBOURS += [
     ("devices", "gpu_layers"),
     ("kernels", "gpu_layers"),
 ]
+NEIGHBOURS += [("errors", "distributed"), ("devices", "distributed")]
 NEIGHBOURS += [("model_files", "timing"), ("plots", "timing"), ("models", "optimizers")]
 NEIGHBOURS += [("one_pass", "steps"), ("fused", "steps"), ("fused", "training")]
 NEIGHBOURS += [("steps", "training"), ("fused", "fused_populations")]

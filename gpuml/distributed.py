@@ -1,0 +1,241 @@
+"""Several processes that do one work together: which am I, how many are we, and sums over all.
+
+``mpiexec -n 4 python script.py`` starts four processes of one program, the **ranks**. MPI, the
+message passing interface, lets them talk; which machines they run on is the business of mpiexec,
+or of a scheduler. A process that is started without it is alone, and no MPI is loaded for it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import traceback
+from collections.abc import Mapping
+from functools import cache
+from importlib.util import find_spec
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+
+from gpuml.devices import Array, cpu_count, device_of
+from gpuml.errors import GpumlError
+
+# In which the launchers tell each process how many there are: MPICH and its relatives, Open MPI,
+# MVAPICH. Slurm's variable is that of srun; sbatch alone starts one process.
+WORLD_SIZES = "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"
+
+# Seconds that other ranks wait with an error which the first one may have as well.
+HEAD_START = 1.0
+
+INSTALL = "pip install 'gpuml[distributed]'"
+
+
+class DistributedError(GpumlError, RuntimeError):
+    """The ranks cannot work together; the message says which of them, and why."""
+
+
+class Communicator(Protocol):
+    """What ranks ask of each other. All of them ask the same, in the same order.
+
+    Attributes
+    ----------
+    rank : int
+        Which one this process is, counted from 0.
+    world_size : int
+        How many there are.
+    n_threads : int
+        Processor cores for each rank on this machine.
+    """
+
+    rank: int
+    world_size: int
+    n_threads: int
+
+    def all_reduce(self, array: Array) -> None:
+        """Replace an array by the sum of those of all ranks, with the same bits on each."""
+        ...
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return what all ranks gave, something that JSON can hold, by rank."""
+        ...
+
+    def end_all(self, error: BaseException) -> None:
+        """End all ranks at once, since this one cannot go on and the others would wait for it."""
+        ...
+
+
+class Alone:
+    """The only process there is: sums are what they were."""
+
+    rank, world_size = 0, 1
+
+    def __init__(self) -> None:
+        self.n_threads = cpu_count()
+
+    def all_reduce(self, array: Array) -> None:
+        """Leave an array as it is."""
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return what this process gave."""
+        return [value]
+
+    def end_all(self, error: BaseException) -> None:
+        """Do nothing: nobody waits."""
+
+
+class MpiRanks:
+    """The processes of an MPI communicator.
+
+    Parameters
+    ----------
+    comm : mpi4py.MPI.Comm
+    """
+
+    def __init__(self, comm: Any) -> None:
+        from mpi4py import MPI
+
+        self._mpi, self._comm = MPI, comm
+        self.rank, self.world_size = int(comm.rank), int(comm.size)
+        here = comm.Split_type(MPI.COMM_TYPE_SHARED)
+        self.n_threads = max(1, cpu_count() // int(here.size))
+        here.Free()
+
+    def all_reduce(self, array: Array) -> None:
+        """Replace an array by the sum of those of all ranks, with the same bits on each.
+
+        Parameters
+        ----------
+        array : numpy.ndarray
+            C-contiguous, of the same shape and type on all ranks.
+
+        Raises
+        ------
+        TypeError
+            If it lives on a GPU.
+        """
+        if device_of(array).kind == "gpu":
+            raise TypeError("ranks add arrays of NumPy; this one is on a GPU")
+        self._comm.Allreduce(self._mpi.IN_PLACE, array)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return what all ranks gave, something that JSON can hold, by rank."""
+        text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+        sizes = np.empty(self.world_size, np.int64)
+        self._comm.Allgather(np.array([len(text)]), sizes)
+        texts = np.empty(sizes.sum(), np.uint8)
+        self._comm.Allgatherv(text, [texts, sizes])
+        ends = np.cumsum(sizes)
+        return [json.loads(part.tobytes()) for part in np.split(texts, ends[:-1])]
+
+    def end_all(self, error: BaseException) -> None:
+        """End all ranks at once, since this one cannot go on and the others would wait for it."""
+        if self.rank > 0:  # what ails all of them, the first one says
+            time.sleep(HEAD_START)
+        lines = "".join(traceback.format_exception(error))
+        print(f"rank {self.rank} of {self.world_size} failed:\n{lines}", end="", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self._comm.Abort(1)
+
+
+def launched_size() -> int:
+    """Return how many processes ``mpiexec`` says that it has started; 1 without it."""
+    sizes = [os.environ.get(name, "") for name in WORLD_SIZES]
+    return max([int(size) for size in sizes if size.isdecimal()], default=1)
+
+
+@cache
+def ranks() -> Communicator:
+    """Return the ranks of which this process is one; it is alone unless ``mpiexec`` started it.
+
+    An error that nobody catches, on whichever rank, then ends all of them: the others would wait
+    for it forever.
+
+    Returns
+    -------
+    Communicator
+
+    Raises
+    ------
+    DistributedError
+        If there are several processes, and mpi4py or its MPI library is missing or another one.
+
+    Examples
+    --------
+    >>> ranks().world_size  # without mpiexec
+    1
+    """
+    n = launched_size()
+    if n == 1:
+        return Alone()
+    said = f"{n} processes were started as ranks"
+    if find_spec("mpi4py") is None:
+        raise DistributedError(f"{said}, and mpi4py is not installed: {INSTALL}")
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:  # which of them depends on what is missing
+        reason = str(error).strip().partition("\n")[0]
+        raise DistributedError(
+            f"{said}, and mpi4py finds no MPI library ({reason}): {INSTALL} brings one"
+        ) from None
+    found = MpiRanks(MPI.COMM_WORLD)
+    if found.world_size != n:
+        library = MPI.Get_library_version().partition("\n")[0].strip("\0 ")
+        raise DistributedError(
+            f"{said}, and mpi4py sees {found.world_size}: mpiexec belongs to another MPI than "
+            f"that of mpi4py, which is {library}. Start them with the mpiexec beside Python: "
+            f"{os.path.join(os.path.dirname(sys.executable), 'mpiexec')}"
+        )
+    _end_all_with_one(found)
+    return found
+
+
+def _end_all_with_one(found: MpiRanks) -> None:
+    """Let an error that nobody catches end all ranks."""
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):  # mpiexec sends it to all of them
+            before(kind, error, trace)
+        else:
+            found.end_all(error)
+
+    sys.excepthook = hook
+
+
+def share_of(n: int, communicator: Communicator) -> slice:
+    """Return which of n rows are this rank's: neighbours, as many for each, up to one.
+
+    Examples
+    --------
+    >>> share_of(10, Alone())
+    slice(0, 10, None)
+    """
+    rank, size = communicator.rank, communicator.world_size
+    return slice(n * rank // size, n * (rank + 1) // size)
+
+
+def check_agreement(communicator: Communicator, settings: Mapping[str, Any]) -> None:
+    """Refuse ranks that were told different things.
+
+    Parameters
+    ----------
+    communicator : Communicator
+    settings : mapping of str to what JSON can hold
+
+    Raises
+    ------
+    DistributedError
+        On all ranks, if one differs from rank 0: it names the rank and the setting.
+    """
+    first, *others = communicator.gather(dict(settings))
+    for rank, other in enumerate(others, 1):
+        for name in first | other:
+            if first.get(name) != other.get(name):
+                raise DistributedError(
+                    f"the ranks disagree: {name} is {first.get(name)} on rank 0 and "
+                    f"{other.get(name)} on rank {rank}"
+                )

@@ -1,0 +1,376 @@
+"""Several processes train one model: started by mpiexec, as users start them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+import gpuml
+from gpuml import distributed, steps
+from gpuml.distributed import Alone, DistributedError, check_agreement, share_of
+
+MPIEXEC = Path(sys.executable).parent / "mpiexec"
+PROMPT = 25  # seconds in which a job that cannot go on has to end; starting it takes some
+
+needs_mpi = pytest.mark.skipif(
+    not MPIEXEC.exists(), reason="no MPI beside Python: pip install 'gpuml[distributed]'"
+)
+
+
+def run(n, code, *arguments, timeout=120, **variables):
+    """Run a program by n ranks."""
+    call = [MPIEXEC, "-n", str(n), sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(
+        call,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | {"GPUML_DEVICE": "cpu"} | variables,
+    )
+
+
+# --- in one process ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7])
+@pytest.mark.parametrize("n", [0, 1, 2, 6, 7, 64])
+def test_shares_are_all_rows_once_in_order(n, size):
+    parts = [share_of(n, SimpleNamespace(rank=r, world_size=size)) for r in range(size)]
+    rows = [row for part in parts for row in range(part.start, part.stop)]
+    assert rows == list(range(n))
+    lengths = [part.stop - part.start for part in parts]
+    assert max(lengths) - min(lengths) <= 1
+
+
+def test_alone_nothing_happens(rng):
+    alone = Alone()
+    x = rng.normal(size=5)
+    before = x.copy()
+    alone.all_reduce(x)
+    np.testing.assert_array_equal(x, before)
+    assert alone.gather({"a": 1}) == [{"a": 1}]
+    alone.end_all(ValueError())
+    check_agreement(alone, {"a": 1})
+    assert (alone.rank, alone.world_size) == (0, 1)
+
+
+def test_a_process_by_itself_loads_no_mpi():
+    code = "import gpuml, sys; from gpuml.distributed import ranks\n"
+    code += "assert ranks().world_size == 1 and 'mpi4py' not in sys.modules"
+    clean = {k: v for k, v in os.environ.items() if k not in distributed.WORLD_SIZES}
+    subprocess.run([sys.executable, "-c", code], check=True, env=clean)
+
+
+@pytest.mark.parametrize("name", distributed.WORLD_SIZES)
+def test_launchers_are_known(name, monkeypatch):
+    for other in distributed.WORLD_SIZES:
+        monkeypatch.delenv(other, raising=False)
+    assert distributed.launched_size() == 1
+    monkeypatch.setenv(name, "12")
+    assert distributed.launched_size() == 12
+    monkeypatch.setenv(name, "twelve")
+    assert distributed.launched_size() == 1
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    monkeypatch.setenv("PMI_SIZE", "3")
+    found = distributed.ranks.__wrapped__
+    monkeypatch.setattr(distributed, "find_spec", lambda name: None)
+    said = r"3 processes were started as ranks, and mpi4py is not installed: pip install"
+    with pytest.raises(DistributedError, match=said):
+        found()
+    monkeypatch.setattr(distributed, "find_spec", lambda name: True)
+    # As if its MPI could not be loaded.
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace())
+    with pytest.raises(DistributedError, match="mpi4py finds no MPI library"):
+        found()
+    library = SimpleNamespace(
+        COMM_WORLD=SimpleNamespace(
+            rank=0, size=1, Split_type=lambda _: SimpleNamespace(size=1, Free=lambda: None)
+        ),
+        COMM_TYPE_SHARED=1,
+        Get_library_version=lambda: "An MPI 1.0\nof somebody",
+    )
+    monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=library))
+    said = "3 processes .* sees 1: mpiexec belongs to another MPI than that of mpi4py, which is An"
+    with pytest.raises(DistributedError, match=said):
+        found()
+
+
+class Pretending(Alone):
+    """A rank among several, whose others give what they are told."""
+
+    def __init__(self, rank, world_size, others=()):
+        super().__init__()
+        self.rank, self.world_size, self.others = rank, world_size, others
+
+    def gather(self, value):
+        return [value, *self.others]
+
+
+def test_who_disagrees_is_named():
+    settings = {"batch size": 64, "loss": "mse"}
+    check_agreement(Pretending(0, 3, [settings, settings]), settings)
+    others = [settings, settings | {"batch size": 32}]
+    said = "the ranks disagree: batch size is 64 on rank 0 and 32 on rank 2"
+    with pytest.raises(DistributedError, match=said):
+        check_agreement(Pretending(0, 3, others), settings)
+    with pytest.raises(DistributedError, match="precision is None on rank 0 and tf32 on rank 1"):
+        check_agreement(Pretending(0, 2, [settings | {"precision": "tf32"}]), settings)
+
+
+def test_engines_of_one_process_are_refused(rng):
+    X, y = rng.normal(size=(20, 3)).astype(np.float32), rng.integers(2, size=20)
+    model = gpuml.MLP([3, 4, 2], device="cpu")
+    with pytest.raises(ValueError, match="engine='graph' trains in one process, and there are 2"):
+        gpuml.train(model, X, y, engine="graph", communicator=Pretending(0, 2))
+
+
+def test_ranks_with_gpus_are_told_what_to_do(device, rng):
+    if device.kind == "cpu":
+        pytest.skip("there is none")
+    X, y = rng.normal(size=(20, 3)).astype(np.float32), rng.integers(2, size=20)
+    with pytest.raises(DistributedError, match="2 ranks train on CPUs so far"):
+        gpuml.train(gpuml.MLP([3, 4, 2]), X, y, communicator=Pretending(0, 2))
+
+
+@pytest.mark.parametrize("n", [1, 3, 30])
+def test_a_rank_adds_its_share_of_the_gradient(rng, n):
+    """The sum over pretended ranks is the gradient of the whole batch; empty shares count 0."""
+    X, y = rng.normal(size=(n, 5)), rng.integers(3, size=n)
+    model = gpuml.MLP([5, 7, 3], dtype=np.float64, device="cpu")
+    loss, optimizer = gpuml.losses.softmax_cross_entropy, gpuml.GradientDescent()
+    whole = steps.EagerStep(model, loss, optimizer)
+    value = whole._gradient(X, y)
+    parts = []
+    for rank in range(4):
+        step = steps.RankStep(model, loss, optimizer, Pretending(rank, 4))
+        step._gradient(X, y)
+        parts.append(step._sums.copy())
+    np.testing.assert_allclose(sum(parts)[:-1], whole._gradients.flat, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(sum(parts)[-1], value, rtol=1e-12)
+
+
+# --- by mpiexec --------------------------------------------------------------------------------
+
+CASES = """
+import hashlib
+import sys
+import numpy as np
+import gpuml
+from gpuml.distributed import ranks
+
+rng = np.random.default_rng(0)
+X = rng.normal(size=(203, 6)).astype(np.float32)
+scores = np.tanh(X @ rng.normal(size=(6, 3))).astype(np.float32)
+y = scores.argmax(axis=1)
+settings = {"n_epochs": 5, "batch_size": 50}  # the last batch has three rows
+momentum = gpuml.GradientDescent(0.05, momentum=0.9)
+watched, small = {"validation_data": (X[:40], y[:40])}, {"memory_limit": "8 KiB"}
+pairs = [(X[i : i + 67], y[i : i + 67]) for i in (0, 67, 134)]
+MLP, Linear = gpuml.MLP, gpuml.Linear
+cases = {
+    "adam": (MLP([6, 8, 3]), (X, y), watched),
+    "momentum": (MLP([6, 5, 4, 3]), (X, y), {"optimizer": momentum, "schedule": "cosine"}),
+    "numbers": (Linear(6, 3), (X, scores), {"optimizer": momentum}),
+    "full batch": (Linear(6, 3), (X, scores), {"optimizer": momentum, "batch_size": None}),
+    "in order": (MLP([6, 8, 3]), (X, y), {"shuffle": False, "batch_size": 101}),  # and one row
+    "a source": (MLP([6, 8, 3]), (pairs,), {}),
+    "streamed": (MLP([6, 8, 3]), (X, y), small),
+    "streamed as a whole": (Linear(6, 3), (X, scores), small | {"batch_size": None}),
+    "early": (MLP([6, 8, 3]), (X, y), {"patience": 1, "n_epochs": 200} | watched),
+}
+found = {}
+for name, (model, data, options) in cases.items():
+    history = gpuml.train(model, *data, **(settings | options))
+    flat = model.parameters.flat
+    digests = ranks().gather([hashlib.sha256(flat.tobytes()).hexdigest(), len(history)])
+    assert digests.count(digests[0]) == len(digests), f"{name}: {digests}"
+    measured = history["loss"], history.columns.get("validation_loss", [])
+    found[name] = np.concatenate([flat, *measured])
+if ranks().rank == 0:
+    np.savez(sys.argv[1], **found)
+    print("done by", ranks().world_size)
+"""
+
+
+@pytest.fixture(scope="module")
+def by_one(tmp_path_factory):
+    file = tmp_path_factory.mktemp("alone") / "weights.npz"
+    clean = {k: v for k, v in os.environ.items() if k not in distributed.WORLD_SIZES}
+    call = [sys.executable, "-c", CASES, file]
+    subprocess.run(call, check=True, env=clean | {"GPUML_DEVICE": "cpu"})
+    return np.load(file)
+
+
+@needs_mpi
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_the_training_is_the_same_whatever_the_number_of_ranks(n, by_one, tmp_path):
+    done = run(n, CASES, tmp_path / "weights.npz")
+    assert done.stdout == f"done by {n}\n", done.stderr
+    found = np.load(tmp_path / "weights.npz")
+    assert set(found) == set(by_one)
+    for name, values in found.items():
+        expected = by_one[name]
+        assert len(values) == len(expected), name
+        assert np.linalg.norm(values - expected) < 1e-4 * np.linalg.norm(expected), name
+
+
+GATHER = """
+from gpuml.distributed import ranks
+r = ranks()
+values = r.gather({"rank": r.rank, "text": "é" * r.rank})
+assert [v["rank"] for v in values] == list(range(r.world_size))
+assert [len(v["text"]) for v in values] == list(range(r.world_size))
+assert r.n_threads >= 1
+import numpy as np
+for n in (1, 1000, 100_003):
+    x = np.random.default_rng(r.rank).normal(size=n).astype(np.float32)
+    every = sum(np.random.default_rng(i).normal(size=n) for i in range(r.world_size))
+    r.all_reduce(x)
+    np.testing.assert_allclose(x, every, rtol=1e-4, atol=1e-5)
+    assert len({v for v in r.gather(x.tobytes().hex()[:2000] + str(hash(x.tobytes())))}) == 1
+"""
+
+
+@needs_mpi
+@pytest.mark.parametrize("n", [2, 3])
+def test_ranks_talk(n):
+    done = run(n, GATHER, PYTHONHASHSEED="0")
+    assert done.returncode == 0, done.stderr
+
+
+TRAIN = """
+import os
+import signal
+import sys
+import numpy as np
+import gpuml
+from gpuml.distributed import ranks
+
+what, rank = sys.argv[1], ranks().rank
+rng = np.random.default_rng(0)
+X, y = rng.normal(size=(500, 6)).astype(np.float32), rng.integers(3, size=500)
+calls = 0
+settings = {"n_epochs": 1000, "batch_size": 100, "optimizer": "gradient_descent"}
+if rank == 1 and what == "batch size":
+    settings["batch_size"] = 50
+if rank == 1 and what == "data":
+    X[3, 2] += 1
+if what == "diverges":
+    settings["optimizer"] = gpuml.GradientDescent(1e20)
+model = gpuml.MLP([6, 8, 3], seed=rank if what == "weights" else 0)
+
+
+def loss(predictions, targets):
+    global calls
+    calls += 1
+    if calls == 20 and rank == 1:
+        if what == "raises":
+            raise OSError("the disk is full")
+        if what == "exits":
+            sys.exit(3)
+        if what == "is killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+    return gpuml.losses.softmax_cross_entropy(predictions, targets)
+
+
+if what == "before":
+    if rank == 1:
+        raise OSError("no such data")
+gpuml.train(model, X, y, loss=loss, **settings)
+print("never", flush=True)
+"""
+
+
+@needs_mpi
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("batch size", "the ranks disagree: batch size is 100 on rank 0 and 50 on rank 1"),
+        ("data", "the ranks disagree: data is .* on rank 0 and .* on rank 1"),
+        ("weights", "the ranks disagree: the weights to begin with is .* and .* on rank 1"),
+        ("raises", "rank 1 of 3 failed:\n(.*\n)*OSError: the disk is full"),
+        ("exits", "rank 1 of 3 failed:\n(.*\n)*SystemExit: 3"),
+        ("before", "rank 1 of 3 failed:\n(.*\n)*OSError: no such data"),
+        ("diverges", r"rank 0 of 3 failed:\n(.*\n)*.*DivergenceError: epoch 1, step"),
+        ("is killed", "Killed"),
+    ],
+)
+def test_a_rank_that_cannot_go_on_ends_all_of_them_promptly(what, said):
+    begin = time.monotonic()
+    done = run(3, TRAIN, what, timeout=PROMPT)
+    assert time.monotonic() - begin < PROMPT
+    assert done.returncode != 0
+    text = done.stdout + done.stderr
+    assert re.search(said, text), text
+    assert text.count("Traceback") <= 1, text
+    assert "never" not in text
+
+
+RESUMED = """
+import sys
+import numpy as np
+import gpuml
+from gpuml.distributed import ranks
+
+rng = np.random.default_rng(0)
+X, y = rng.normal(size=(203, 6)).astype(np.float32), rng.integers(3, size=203)
+model = gpuml.MLP([6, 8, 3])
+path, n_epochs = sys.argv[1], int(sys.argv[2])
+if len(sys.argv) > 3 and ranks().rank == 1:
+    path = sys.argv[3]
+history = gpuml.train(model, X, y, n_epochs=n_epochs, checkpoint=path)
+assert len(history) == n_epochs
+if ranks().rank == 0:
+    np.save("weights.npy", model.parameters.flat)
+"""
+
+
+@needs_mpi
+def test_another_number_of_ranks_goes_on_from_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for n, file, n_epochs in ((1, "a", 6), (2, "b", 2), (3, "b", 4), (1, "b", 6)):
+        done = run(n, RESUMED, f"{file}.checkpoint", n_epochs)
+        assert done.returncode == 0, done.stderr
+        if file == "a":
+            expected = np.load("weights.npy")
+    found = np.load("weights.npy")
+    assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)
+    done = run(2, RESUMED, "b.checkpoint", 8, "c.checkpoint", timeout=PROMPT)
+    assert "the number of epochs in b.checkpoint is 6 on rank 0" in done.stderr.replace("\n", " ")
+
+
+@needs_mpi
+def test_the_command_trains_by_ranks_and_only_the_first_speaks(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = "import sys; from gpuml.cli import main; sys.exit(main())"
+    models = []
+    for n in (1, 2):
+        done = run(n, code, "train", "--epochs", 2)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr == ""
+        assert done.stdout.count("device ") == 1
+        assert ("trained by 2 ranks" in done.stdout) == (n == 2)
+        models.append(gpuml.load_model(f"runs/{n:03d}/model.safetensors", device="cpu"))
+    assert sorted(os.listdir("runs")) == ["001", "002"]
+    a, b = (model.parameters.flat for model in models)
+    assert np.linalg.norm(a - b) < 1e-4 * np.linalg.norm(a)
+
+    done = run(2, code, "train", "no.csv", timeout=PROMPT)
+    assert done.returncode == 2
+    assert done.stderr == "gpuml: there is no file no.csv\n"
+    done = run(2, code, "train", "--output", "runs/001", timeout=PROMPT)  # which rank 0 alone sees
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"gpuml: --output {Path('runs/001')} holds another run: --overwrite replaces it\n"
+    )
+    assert sorted(os.listdir("runs")) == ["001", "002"]
