@@ -29,6 +29,7 @@ WORLD_SIZES = "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_
 
 # Seconds that other ranks wait with an error which the first one may have as well.
 HEAD_START = 1.0
+PASSING_ON = 0.2  # that mpiexec needs to pass on what was said; at the end it drops the rest
 
 INSTALL = "pip install 'gpuml[distributed]'"
 
@@ -138,6 +139,7 @@ class MpiRanks:
         print(f"rank {self.rank} of {self.world_size} failed:\n{lines}", end="", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
+        time.sleep(PASSING_ON)
         self._comm.Abort(1)
 
 
