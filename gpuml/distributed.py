@@ -7,14 +7,22 @@ or of a scheduler. A process that is started without it is alone, and no MPI is 
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
+import signal
+import socket
+import subprocess
 import sys
+import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -100,6 +108,7 @@ class MpiRanks:
 
         self._mpi, self._comm = MPI, comm
         self.rank, self.world_size = int(comm.rank), int(comm.size)
+        self._farewell = Path(os.devnull)
         here = comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.n_threads = max(1, cpu_count() // int(here.size))
         here.Free()
@@ -131,6 +140,29 @@ class MpiRanks:
         ends = np.cumsum(sizes)
         return [json.loads(part.tobytes()) for part in np.split(texts, ends[:-1])]
 
+    def watch(self) -> None:
+        """Let a process on each host say which rank dies without a word, where Linux can tell."""
+        if not hasattr(os, "pidfd_open"):
+            return
+        places = self.gather([socket.gethostname(), os.getpid()])
+        here = [rank for rank, place in enumerate(places) if place[0] == places[self.rank][0]]
+        first = here[0] == self.rank
+        folders = self.gather(tempfile.mkdtemp(prefix="gpuml-ranks-") if first else "")
+        folder = folders[here[0]]
+        self._farewell = Path(folder, str(self.rank))
+        atexit.register(self._say_farewell)
+        if first:
+            watched = [f"{rank}:{places[rank][1]}" for rank in here]
+            call = [sys.executable, "-I", "-S", Path(__file__).with_name("watcher.py"), folder]
+            nothing = subprocess.DEVNULL
+            subprocess.Popen(
+                [*call, *watched], stdin=nothing, stdout=nothing, start_new_session=True
+            )
+
+    def _say_farewell(self) -> None:
+        with suppress(OSError):
+            self._farewell.touch()
+
     def end_all(self, error: BaseException) -> None:
         """End all ranks at once, since this one cannot go on and the others would wait for it."""
         if self.rank > 0:  # what ails all of them, the first one says
@@ -139,6 +171,7 @@ class MpiRanks:
         print(f"rank {self.rank} of {self.world_size} failed:\n{lines}", end="", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
+        self._say_farewell()
         time.sleep(PASSING_ON)
         self._comm.Abort(1)
 
@@ -192,6 +225,7 @@ def ranks() -> Communicator:
             f"{os.path.join(os.path.dirname(sys.executable), 'mpiexec')}"
         )
     _end_all_with_one(found)
+    found.watch()
     return found
 
 
@@ -206,6 +240,45 @@ def _end_all_with_one(found: MpiRanks) -> None:
             found.end_all(error)
 
     sys.excepthook = hook
+
+
+class HeldBack:
+    """Ctrl-C, held back until all ranks are at the same place: a context manager.
+
+    A rank that stopped at once would leave the others in a sum, waiting for it. Where a signal can
+    not be caught, as in another thread than the first, or where there is but one rank, nothing is
+    held back.
+
+    Parameters
+    ----------
+    communicator : Communicator
+    """
+
+    def __init__(self, communicator: Communicator) -> None:
+        self._communicator = communicator
+        in_first = threading.current_thread() is threading.main_thread()
+        self._holds = communicator.world_size > 1 and in_first
+        self._came = np.zeros(1)
+
+    def __enter__(self) -> HeldBack:
+        if self._holds:
+            self._before = signal.signal(signal.SIGINT, self._note)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._holds:
+            signal.signal(signal.SIGINT, self._before)
+
+    def _note(self, *_: object) -> None:
+        self._came[0] = 1
+
+    def look(self) -> None:
+        """Raise KeyboardInterrupt on all ranks, if Ctrl-C came to any; all must look."""
+        if self._communicator.world_size > 1:
+            came = self._came.copy()
+            self._communicator.all_reduce(came)
+            if came[0]:
+                raise KeyboardInterrupt
 
 
 def share_of(n: int, communicator: Communicator) -> slice:

@@ -28,7 +28,14 @@ from gpuml.batches import (
 from gpuml.blocking import parse_size
 from gpuml.checkpoints import fingerprint_data, load_checkpoint, save_checkpoint, saved_facts
 from gpuml.devices import CPU, Array, Device, array_module, blas_threads, device_of, to_host
-from gpuml.distributed import Alone, Communicator, DistributedError, check_agreement, ranks
+from gpuml.distributed import (
+    Alone,
+    Communicator,
+    DistributedError,
+    HeldBack,
+    check_agreement,
+    ranks,
+)
 from gpuml.errors import DataError, GpumlError
 from gpuml.fused import FusedStep
 from gpuml.gpu_layers import EpochEnd, all_finite, fused
@@ -271,7 +278,7 @@ def train(
             # NumPy's warnings about overflow say less than DivergenceError, which follows them.
             product = largest_product(model, data.batch_size) / communicator.world_size
             threads = blas_threads(product, communicator.n_threads if several else None)
-            with threads, np.errstate(all="ignore"), bar:
+            with threads, np.errstate(all="ignore"), bar, HeldBack(communicator) as run.ctrl_c:
                 run.train(n_epochs, bar)
         except BaseException as error:
             if not isinstance(error, KeyboardInterrupt | _NotFiniteError):
@@ -319,6 +326,7 @@ class _Run:
         self.patience: int | None = None
         self.checkpoint: _Checkpoint | None = None
         self.communicator: Communicator = Alone()
+        self.ctrl_c = HeldBack(self.communicator)
         self.best: tuple[float, int, Array] | None = None  # validation loss, epoch, weights
         self.flat = model.parameters.flat
         # The weights of the last two epochs that ended well, in turn: an interruption at any
@@ -370,6 +378,7 @@ class _Run:
             if each or time.monotonic() - looked > HEARTBEAT / 5:
                 self.look(bar)
                 looked = time.monotonic()
+            self.ctrl_c.look()
         self.look(bar)
 
     def _one_epoch(self, bar: ProgressBar) -> None:

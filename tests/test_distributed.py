@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -15,7 +16,7 @@ import pytest
 
 import gpuml
 from gpuml import distributed, steps
-from gpuml.distributed import Alone, DistributedError, check_agreement, share_of
+from gpuml.distributed import Alone, DistributedError, HeldBack, check_agreement, share_of
 
 MPIEXEC = Path(sys.executable).parent / "mpiexec"
 PROMPT = 25  # seconds in which a job that cannot go on has to end; starting it takes some
@@ -125,6 +126,19 @@ def test_who_disagrees_is_named():
         check_agreement(Pretending(0, 3, others), settings)
     with pytest.raises(DistributedError, match="precision is None on rank 0 and tf32 on rank 1"):
         check_agreement(Pretending(0, 2, [settings | {"precision": "tf32"}]), settings)
+
+
+def test_ctrl_c_is_held_back_where_others_wait():
+    alone = HeldBack(Alone())
+    with pytest.raises(KeyboardInterrupt), alone:
+        signal.raise_signal(signal.SIGINT)
+    before = signal.getsignal(signal.SIGINT)
+    with HeldBack(Pretending(0, 2)) as held:
+        held.look()
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            held.look()
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_engines_of_one_process_are_refused(rng):
@@ -302,7 +316,10 @@ print("never", flush=True)
         ("exits", "rank 1 of 3 failed:\n(.*\n)*SystemExit: 3"),
         ("before", "rank 1 of 3 failed:\n(.*\n)*OSError: no such data"),
         ("diverges", r"rank 0 of 3 failed:\n(.*\n)*.*DivergenceError: epoch 1, step"),
-        ("is killed", "Killed"),
+        (
+            "is killed",
+            r"gpuml: rank 1 \(process \d+ on \S+\) was killed, or crashed: all ranks end",
+        ),
     ],
 )
 def test_a_rank_that_cannot_go_on_ends_all_of_them_promptly(what, said):
@@ -313,7 +330,56 @@ def test_a_rank_that_cannot_go_on_ends_all_of_them_promptly(what, said):
     text = done.stdout + done.stderr
     assert re.search(said, text), text
     assert text.count("Traceback") <= 1, text
+    assert text.count("gpuml: rank") == (what == "is killed"), text
+    assert len(re.findall(r"rank \d of 3 failed", text)) <= 1, text
     assert "never" not in text
+
+
+STOPPED = """
+import sys
+from pathlib import Path
+import numpy as np
+import gpuml
+from gpuml.distributed import ranks
+
+rng = np.random.default_rng(0)
+X, y = rng.normal(size=(500, 6)).astype(np.float32), rng.integers(3, size=500)
+model = gpuml.MLP([6, 8, 3])
+calls = 0
+
+
+def loss(predictions, targets):
+    global calls
+    calls += 1
+    if calls == 20:
+        Path(f"rank{ranks().rank}").touch()
+    return gpuml.losses.softmax_cross_entropy(predictions, targets)
+
+
+try:
+    gpuml.train(model, X, y, loss=loss, n_epochs=10**6, batch_size=100)
+except gpuml.TrainingInterrupted as error:
+    found = ranks().gather([len(error.history), model.parameters.flat.tolist()])
+    assert len(error.history) > 2 and all(one == found[0] for one in found)
+    if ranks().rank == 0:
+        print("stopped together")
+"""
+
+
+@needs_mpi
+def test_ctrl_c_stops_all_ranks_after_the_same_epoch(tmp_path):
+    call = [MPIEXEC, "-n", "2", sys.executable, "-c", STOPPED]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = os.environ | {"GPUML_DEVICE": "cpu"}
+    with subprocess.Popen(call, cwd=tmp_path, env=environment, **pipes) as job:
+        begin = time.monotonic()
+        while len(list(tmp_path.glob("rank*"))) < 2:
+            assert time.monotonic() - begin < PROMPT, "they do not even begin"
+            time.sleep(0.05)
+        job.send_signal(signal.SIGINT)
+        out, err = job.communicate(timeout=PROMPT)
+    assert "stopped together" in out, out + err
+    assert "Traceback" not in err
 
 
 RESUMED = """

@@ -23,7 +23,8 @@ NOTEBOOKS = sorted(
 )
 
 FLOORS = [
-    {"errors", "devices", "kernels", "memory_maps", "blocking", "gpu_layers", "distributed"},
+    {"errors", "devices", "kernels", "memory_maps", "blocking", "gpu_layers", "distributed"}
+    | {"watcher"},
     {"matmul", "losses", "datasets", "model_files", "plots", "timing", "staging", "journal"}
     | {"metrics", "schedules", "operations", "rounding"},
     {"models", "optimizers", "batches", "history", "blocked"}
