@@ -31,9 +31,11 @@ import numpy as np
 from gpuml.devices import Array, cpu_count, device_of
 from gpuml.errors import GpumlError
 
-# In which the launchers tell each process how many there are: MPICH and its relatives, Open MPI,
-# MVAPICH. Slurm's variable is that of srun; sbatch alone starts one process.
-WORLD_SIZES = "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"
+# In which launchers tell each process how many there are: MPICH, its relatives and Slurm (srun
+# --mpi=pmi2), Open MPI, MVAPICH. By PMIx (srun --mpi=pmix) each is only told its number, and Slurm
+# how many; that alone says nothing, since srun starts processes that are no ranks as well.
+WORLD_SIZES = "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
+PMIX_RANK, SLURM_SIZE = "PMIX_RANK", "SLURM_STEP_NUM_TASKS"
 
 # Seconds that other ranks wait with an error which the first one may have as well.
 HEAD_START = 1.0
@@ -178,7 +180,8 @@ class MpiRanks:
 
 def launched_size() -> int:
     """Return how many processes ``mpiexec`` says that it has started; 1 without it."""
-    sizes = [os.environ.get(name, "") for name in WORLD_SIZES]
+    names = [*WORLD_SIZES, *([SLURM_SIZE] if PMIX_RANK in os.environ else [])]
+    sizes = [os.environ.get(name, "") for name in names]
     return max([int(size) for size in sizes if size.isdecimal()], default=1)
 
 
@@ -221,8 +224,9 @@ def ranks() -> Communicator:
         library = MPI.Get_library_version().partition("\n")[0].strip("\0 ")
         raise DistributedError(
             f"{said}, and mpi4py sees {found.world_size}: mpiexec belongs to another MPI than "
-            f"that of mpi4py, which is {library}. Start them with the mpiexec beside Python: "
-            f"{os.path.join(os.path.dirname(sys.executable), 'mpiexec')}"
+            f"that of mpi4py, which is {library}. Start them with the mpiexec beside Python, "
+            f"{Path(sys.executable).with_name('mpiexec')}; or, if each is to train by itself, "
+            "give train(…, communicator=gpuml.distributed.Alone())"
         )
     _end_all_with_one(found)
     found.watch()

@@ -81,6 +81,15 @@ def test_launchers_are_known(name, monkeypatch):
     assert distributed.launched_size() == 1
 
 
+def test_of_slurm_alone_nothing_follows(monkeypatch):
+    for name in (*distributed.WORLD_SIZES, "PMIX_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    assert distributed.launched_size() == 1, "srun also starts processes that are no ranks"
+    monkeypatch.setenv("PMIX_RANK", "3")
+    assert distributed.launched_size() == 8
+
+
 def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setenv("PMI_SIZE", "3")
     found = distributed.ranks.__wrapped__
