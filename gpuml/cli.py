@@ -560,6 +560,9 @@ def _on_all_ranks(together: Communicator, prepare: Callable[[], Prepared]) -> Pr
         prepared = prepare()
     except CallError as error:
         fault = str(error)
+    except BaseException as error:
+        together.end_all(error)  # the others do not know of it
+        raise
     faults = together.gather(fault)
     if prepared is not None and not any(faults):
         return prepared

@@ -12,6 +12,7 @@ import json
 import os
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -35,6 +36,7 @@ from gpuml.errors import GpumlError
 # --mpi=pmi2), Open MPI, MVAPICH. By PMIx (srun --mpi=pmix) each is only told its number, and Slurm
 # how many; that alone says nothing, since srun starts processes that are no ranks as well.
 WORLD_SIZES = "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
+PMI_LINE = "PMI_FD"  # the number of an open socket
 PMIX_RANK, SLURM_SIZE = "PMIX_RANK", "SLURM_STEP_NUM_TASKS"
 
 # Seconds that other ranks wait with an error which the first one may have as well.
@@ -134,7 +136,7 @@ class MpiRanks:
 
     def gather(self, value: Any) -> list[Any]:
         """Return what all ranks gave, something that JSON can hold, by rank."""
-        text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+        text = np.frombuffer(json.dumps(value, default=_plain).encode(), np.uint8)
         sizes = np.empty(self.world_size, np.int64)
         self._comm.Allgather(np.array([len(text)]), sizes)
         texts = np.empty(sizes.sum(), np.uint8)
@@ -170,6 +172,8 @@ class MpiRanks:
         if self.rank > 0:  # what ails all of them, the first one says
             time.sleep(HEAD_START)
         lines = "".join(traceback.format_exception(error))
+        if isinstance(error, KeyboardInterrupt):
+            lines = "stopped by Ctrl-C\n"
         print(f"rank {self.rank} of {self.world_size} failed:\n{lines}", end="", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
@@ -178,11 +182,30 @@ class MpiRanks:
         self._comm.Abort(1)
 
 
+def _plain(value: Any) -> Any:
+    """Return a number of NumPy's as JSON knows it."""
+    return value.item() if isinstance(value, np.generic) else str(value)
+
+
 def launched_size() -> int:
-    """Return how many processes ``mpiexec`` says that it has started; 1 without it."""
+    """Return how many processes ``mpiexec`` says that it has started; 1 without it.
+
+    A process that a rank starts inherits what mpiexec said, but not the line to mpiexec: it is
+    alone.
+    """
+    line = os.environ.get(PMI_LINE, "")
+    if line.isdecimal() and not _is_socket(int(line)):
+        return 1
     names = [*WORLD_SIZES, *([SLURM_SIZE] if PMIX_RANK in os.environ else [])]
     sizes = [os.environ.get(name, "") for name in names]
     return max([int(size) for size in sizes if size.isdecimal()], default=1)
+
+
+def _is_socket(number: int) -> bool:
+    try:
+        return stat.S_ISSOCK(os.fstat(number).st_mode)
+    except OSError:
+        return False
 
 
 @cache
@@ -230,7 +253,16 @@ def ranks() -> Communicator:
         )
     _end_all_with_one(found)
     found.watch()
+    if hasattr(os, "register_at_fork"):  # a child is no rank
+        os.register_at_fork(after_in_child=_forget_the_others)
     return found
+
+
+def _forget_the_others() -> None:
+    for name in (*WORLD_SIZES, PMIX_RANK):
+        os.environ.pop(name, None)
+    ranks.cache_clear()
+    sys.excepthook = sys.__excepthook__
 
 
 def _end_all_with_one(found: MpiRanks) -> None:
@@ -269,9 +301,11 @@ class HeldBack:
             self._before = signal.signal(signal.SIGINT, self._note)
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._holds:
             signal.signal(signal.SIGINT, self._before)
+            if kind is None and self._came[0]:  # after the last look
+                raise KeyboardInterrupt
 
     def _note(self, *_: object) -> None:
         self._came[0] = 1
@@ -282,6 +316,7 @@ class HeldBack:
             came = self._came.copy()
             self._communicator.all_reduce(came)
             if came[0]:
+                self._came[0] = 0
                 raise KeyboardInterrupt
 
 

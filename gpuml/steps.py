@@ -349,7 +349,7 @@ def make_step(
                 f"{communicator.world_size} ranks: leave it away"
             )
         read_once = _limit("one_pass", model, loss, optimizer, data, precision, None) is None
-        kind = "one_pass" if read_once and engine is None else "eager"
+        kind = "one_pass" if read_once and engine is None and before != "eager" else "eager"
         return RankStep(model, loss, optimizer, communicator, kind)
     trained = model, loss, optimizer, data
     chosen: list[str] = [engine] if engine else ["fused", "one_pass", "graph", "eager"]

@@ -263,7 +263,9 @@ def train(
         if precision is not None:  # a file from before there was a precision stays good
             facts["precision"] = precision
         if several:
-            _check_ranks(communicator, facts | {"n_epochs": n_epochs}, model)
+            more = {"n_epochs": n_epochs, "steps in an epoch": data.n_steps}
+            more["having a checkpoint"] = checkpoint is not None
+            _check_ranks(communicator, facts | more, model)
         if checkpoint is not None:
             run.checkpoint = _Checkpoint(checkpoint, facts, checkpoint_every)
             run.checkpoint.writes = communicator.rank == 0
@@ -1036,14 +1038,14 @@ def _settings(optimizer: Optimizer) -> Any:
 
 def _check_ranks(communicator: Communicator, settings: dict[str, Any], model: Model) -> None:
     """Refuse ranks that were told different things, have other weights, or have GPUs."""
-    if model.device.kind == "gpu":
+    weights = hashlib.sha256(to_host(model.parameters.flat).tobytes()).hexdigest()
+    others = {"gpuml's version": __version__, "the weights to begin with": weights[:16]}
+    check_agreement(communicator, settings | others)
+    if model.device.kind == "gpu":  # on all of them, or they would disagree
         raise DistributedError(
             f"{communicator.world_size} ranks train on CPUs so far, and the model is on "
             f"{model.device.name}: make it with device='cpu', or set GPUML_DEVICE=cpu"
         )
-    weights = hashlib.sha256(model.parameters.flat.tobytes()).hexdigest()
-    others = {"gpuml's version": __version__, "the weights to begin with": weights[:16]}
-    check_agreement(communicator, settings | others)
 
 
 def _named(thing: Any) -> str:

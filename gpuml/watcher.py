@@ -33,7 +33,9 @@ def main() -> None:
         for number, _ in poll.poll():
             poll.unregister(number)
             rank, pid = ranks.pop(number)
-            if not said and not (folder / str(rank)).exists():
+            # Once a rank has ended in order, mpiexec may have ended the others.
+            said |= any(folder.iterdir())
+            if not said:
                 said = True
                 where = f"process {pid} on {socket.gethostname()}"
                 text = f"gpuml: rank {rank} ({where}) was killed, or crashed: all ranks end\n"

@@ -91,6 +91,7 @@ def test_of_slurm_alone_nothing_follows(monkeypatch):
 
 
 def test_what_is_missing_is_named(monkeypatch):
+    monkeypatch.delenv("PMI_FD", raising=False)
     monkeypatch.setenv("PMI_SIZE", "3")
     found = distributed.ranks.__wrapped__
     monkeypatch.setattr(distributed, "find_spec", lambda name: None)
@@ -148,6 +149,8 @@ def test_ctrl_c_is_held_back_where_others_wait():
         with pytest.raises(KeyboardInterrupt):
             held.look()
     assert signal.getsignal(signal.SIGINT) is before
+    with pytest.raises(KeyboardInterrupt), HeldBack(Pretending(0, 2)):
+        signal.raise_signal(signal.SIGINT)  # after the last look
 
 
 def test_engines_of_one_process_are_refused(rng):
@@ -309,7 +312,14 @@ def loss(predictions, targets):
 if what == "before":
     if rank == 1:
         raise OSError("no such data")
-gpuml.train(model, X, y, loss=loss, **settings)
+if what == "checkpoint" and rank != 1:
+    settings["checkpoint"] = sys.argv[2]
+data = X, y
+if what == "source":
+    cut = [0, 250, 500] if rank == 0 else [0, 250, 300, 500]
+    data = ([(X[i:j], y[i:j]) for i, j in zip(cut, cut[1:])],)
+    del settings["batch_size"]
+gpuml.train(model, *data, loss=loss, **settings)
 print("never", flush=True)
 """
 
@@ -324,6 +334,8 @@ print("never", flush=True)
         ("raises", "rank 1 of 3 failed:\n(.*\n)*OSError: the disk is full"),
         ("exits", "rank 1 of 3 failed:\n(.*\n)*SystemExit: 3"),
         ("before", "rank 1 of 3 failed:\n(.*\n)*OSError: no such data"),
+        ("source", "the ranks disagree: steps in an epoch is 2 on rank 0 and 3 on rank 1"),
+        ("checkpoint", "disagree: having a checkpoint is True on rank 0 and False on rank 1"),
         ("diverges", r"rank 0 of 3 failed:\n(.*\n)*.*DivergenceError: epoch 1, step"),
         (
             "is killed",
@@ -331,9 +343,9 @@ print("never", flush=True)
         ),
     ],
 )
-def test_a_rank_that_cannot_go_on_ends_all_of_them_promptly(what, said):
+def test_a_rank_that_cannot_go_on_ends_all_of_them_promptly(what, said, tmp_path):
     begin = time.monotonic()
-    done = run(3, TRAIN, what, timeout=PROMPT)
+    done = run(3, TRAIN, what, tmp_path / "a.checkpoint", timeout=PROMPT)
     assert time.monotonic() - begin < PROMPT
     assert done.returncode != 0
     text = done.stdout + done.stderr
@@ -373,6 +385,54 @@ except gpuml.TrainingInterrupted as error:
     if ranks().rank == 0:
         print("stopped together")
 """
+
+
+CHILDREN = """
+import multiprocessing
+import subprocess
+import sys
+import numpy as np
+import gpuml
+from gpuml.distributed import ranks
+
+code = "import gpuml; from gpuml.distributed import ranks; print(ranks().world_size)"
+rank = ranks()
+if rank.rank == 0:
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "1", done.stderr
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        assert pool.apply(ranks).world_size == 1
+assert rank.gather(np.int64(3)) == [3, 3]
+"""
+
+
+@needs_mpi
+def test_what_a_rank_starts_is_no_rank():
+    done = run(2, CHILDREN, timeout=PROMPT)
+    assert done.returncode == 0, done.stderr
+
+
+FAULT = """
+import sys
+import gpuml.cli
+from gpuml.distributed import ranks
+
+before = gpuml.cli._training_data
+if ranks().rank == 1:
+    def faulty(options):
+        raise MemoryError("unable to allocate 30 GiB")
+    gpuml.cli._training_data = faulty
+sys.exit(gpuml.cli.main())
+"""
+
+
+@needs_mpi
+def test_a_fault_of_one_rank_ends_the_command(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run(2, FAULT, "train", timeout=PROMPT)
+    assert done.returncode != 0
+    assert "rank 1 of 2 failed" in done.stderr
+    assert "MemoryError: unable to allocate 30 GiB" in done.stderr
 
 
 @needs_mpi
