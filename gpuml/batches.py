@@ -31,6 +31,8 @@ CHUNKS = 3
 BLOCK_BYTES = 2**20
 
 Batch: TypeAlias = tuple[Array, Array]
+Share: TypeAlias = Callable[[int], slice]
+Shared: TypeAlias = tuple[Array, Array, int]
 Chunk: TypeAlias = tuple[list[slice], Any]  # runs of rows, and the order to put them in, or None
 
 
@@ -124,6 +126,56 @@ class ArrayBatches:
     def epoch(self, generator: np.random.Generator | None) -> Iterator[Batch]:
         """Yield (x, y) of one epoch."""
         return batches(self._X, self._y, self.batch_size, generator=generator)
+
+    def shares(self, generator: np.random.Generator | None, share: Share) -> Iterator[Shared]:
+        """Yield some rows of each batch, gathered without the others; see :func:`shares`."""
+        n, device = self.n_samples, device_of(self._X)
+        starts = range(0, n, self.batch_size)
+        sizes = [min(self.batch_size, n - start) for start in starts]
+        parts = [share(size) for size in sizes]
+        runs = [slice(a + p.start, a + p.stop) for a, p in zip(starts, parts, strict=True)]
+        if generator is None or len(sizes) == 1:
+            for run, size in zip(runs, sizes, strict=True):
+                yield self._X[run], self._y[run], size
+            return
+        order = generator.permutation(n)
+        order = device.asarray(np.concatenate([order[run] for run in runs]))
+        ends = list(itertools.accumulate(run.stop - run.start for run in runs))
+        row_bytes = self._X[:1].nbytes + self._y[:1].nbytes
+        each = max(1, GATHERED_BYTES // (row_bytes * max(1, ends[0])))
+        for first in range(0, len(sizes), each):
+            begin = ends[first - 1] if first else 0
+            rows = order[begin : ends[min(first + each, len(sizes)) - 1]]
+            X, y = self._X.take(rows, axis=0), self._y.take(rows, axis=0)
+            for i in range(first, min(first + each, len(sizes))):
+                part = slice((ends[i - 1] if i else 0) - begin, ends[i] - begin)
+                yield X[part], y[part], sizes[i]
+
+
+def shares(data: Batches, generator: np.random.Generator | None, share: Share) -> Iterator[Shared]:
+    """Yield of each batch the rows that one of several ranks works on.
+
+    Parameters
+    ----------
+    data : Batches
+    generator : numpy.random.Generator or None
+        As for :meth:`Batches.epoch`; all ranks need the same.
+    share : callable
+        From the number of rows of a batch to the slice of them that is wanted.
+
+    Yields
+    ------
+    x, y : array
+    n_rows : int
+        How many rows the whole batch has.
+    """
+    if isinstance(data, ArrayBatches):
+        yield from data.shares(generator, share)
+        return
+    for x, y in data.epoch(generator):
+        n_rows = len(x)
+        yield x[share(n_rows)], y[share(n_rows)], n_rows
+        del x, y  # before the next chunk takes as much again
 
 
 class GivenBatches:

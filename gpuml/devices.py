@@ -29,6 +29,15 @@ Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray: the two share no common
 # more than it brings (measured by tests/benchmarks/threads.py).
 SERIAL_PRODUCT = 1e7
 
+# In which launchers tell each process which one it is on its host: MPICH and its relatives, Open
+# MPI, MVAPICH, Slurm.
+LOCAL_RANKS = (
+    "MPI_LOCALRANKID",
+    "OMPI_COMM_WORLD_LOCAL_RANK",
+    "MV2_COMM_WORLD_LOCAL_RANK",
+    "SLURM_LOCALID",
+)
+
 
 @dataclass(frozen=True)
 class Device:
@@ -134,7 +143,9 @@ def get_device(name: str | Device | None = None) -> Device:
     ----------
     name : str or Device, optional
         ``"cpu"``, ``"gpu"`` (the first), ``"gpu:1"`` (the second), or ``"auto"``. Without a
-        name the environment variable ``GPUML_DEVICE`` decides, and without that ``"auto"``.
+        name the environment variable ``GPUML_DEVICE`` decides, and without that ``"auto"``. Of
+        several processes that ``mpiexec`` or Slurm started on a host each gets the GPU of its
+        own number, instead of the first.
 
     Returns
     -------
@@ -158,15 +169,14 @@ def get_device(name: str | Device | None = None) -> Device:
     if text == "cpu":
         return CPU
     if text == "auto":
-        return Device("gpu") if _gpu_problem(0) is None else CPU
+        return Device("gpu", _own_gpu()) if _gpu_problem(0) is None else CPU
     kind, _, index = text.partition(":")
     if kind != "gpu" or not (index.isdecimal() or text == "gpu"):
         raise ValueError(f"unknown device '{text}': expected auto, cpu, gpu, or gpu:1, gpu:2, …")
-    number = int(index or 0)
-    problem = _gpu_problem(number)
+    problem = _gpu_problem(int(index or 0))
     if problem:
         raise DeviceError(f"{text} does not answer: {problem}. What to do: gpuml doctor")
-    return Device("gpu", number)
+    return Device("gpu", int(index) if index else _own_gpu())
 
 
 def device_of(*arrays: Array) -> Device:
@@ -297,6 +307,13 @@ def _device_of_one(a: Any) -> Device:
         f"expected an array of NumPy or CuPy, got {type(a).__name__}: "
         "gpuml.get_device().asarray(a) makes one"
     )
+
+
+def _own_gpu() -> int:
+    """Return which GPU is this process's; of more processes than GPUs some get the same."""
+    numbers = (os.environ.get(name, "") for name in LOCAL_RANKS)
+    number = next((int(text) for text in numbers if text.isdecimal()), 0)
+    return number % int(_cupy().cuda.runtime.getDeviceCount())
 
 
 def _gpu_problem(index: int) -> str | None:

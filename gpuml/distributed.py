@@ -30,7 +30,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from gpuml.devices import Array, cpu_count, device_of
-from gpuml.errors import GpumlError
+from gpuml.errors import DistributedError as DistributedError  # as others know it
+from gpuml.nccl import Nccl
 
 # In which launchers tell each process how many there are: MPICH, its relatives and Slurm (srun
 # --mpi=pmi2), Open MPI, MVAPICH. By PMIx (srun --mpi=pmix) each is only told its number, and Slurm
@@ -44,10 +45,6 @@ HEAD_START = 1.0
 PASSING_ON = 0.2  # that mpiexec needs to pass on what was said; at the end it drops the rest
 
 INSTALL = "pip install 'gpuml[distributed]'"
-
-
-class DistributedError(GpumlError, RuntimeError):
-    """The ranks cannot work together; the message says which of them, and why."""
 
 
 class Communicator(Protocol):
@@ -68,7 +65,10 @@ class Communicator(Protocol):
     n_threads: int
 
     def all_reduce(self, array: Array) -> None:
-        """Replace an array by the sum of those of all ranks, with the same bits on each."""
+        """Replace an array by the sum of those of all ranks, with the same bits on each.
+
+        One of a GPU will be: that is queued on the current stream.
+        """
         ...
 
     def gather(self, value: Any) -> list[Any]:
@@ -113,6 +113,7 @@ class MpiRanks:
         self._mpi, self._comm = MPI, comm
         self.rank, self.world_size = int(comm.rank), int(comm.size)
         self._farewell = Path(os.devnull)
+        self._nccl: Nccl | None = None  # when the first array of a GPU comes
         here = comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.n_threads = max(1, cpu_count() // int(here.size))
         here.Free()
@@ -122,16 +123,20 @@ class MpiRanks:
 
         Parameters
         ----------
-        array : numpy.ndarray
-            C-contiguous, of the same shape and type on all ranks.
+        array : numpy.ndarray or cupy.ndarray
+            C-contiguous, of the same shape and type on all ranks. One of a GPU is added up by
+            NCCL, on the current stream; nothing waits for it.
 
         Raises
         ------
-        TypeError
-            If it lives on a GPU.
+        DistributedError
+            If NCCL cannot connect the GPUs.
         """
         if device_of(array).kind == "gpu":
-            raise TypeError("ranks add arrays of NumPy; this one is on a GPU")
+            if self._nccl is None:
+                self._nccl = Nccl(self.rank, self.world_size, self.gather)
+            self._nccl.all_reduce(array)
+            return
         self._comm.Allreduce(self._mpi.IN_PLACE, array)
 
     def gather(self, value: Any) -> list[Any]:

@@ -10,6 +10,10 @@ class GpumlError(Exception):
     """Base of gpuml's own errors; the message says what came, what was expected, what to do."""
 
 
+class DistributedError(GpumlError, RuntimeError):
+    """The ranks cannot work together; the message says which of them, and why."""
+
+
 class DeviceError(GpumlError, RuntimeError):
     """The device asked for does not exist or does not answer."""
 

@@ -244,10 +244,17 @@ def gradient_descent(
     kernel(gradient, *arrays, parameters, *(() if velocity is None else (velocity,)))
 
 
+def adam_powers(state: dict[str, Array]) -> None:
+    """Count a step of :class:`gpuml.Adam`: the powers of β₁ and β₂, in place."""
+    _elementwise("T b1, T b2", "T p1, T p2", "p1 *= b1; p2 *= b2;")(
+        state["beta1"], state["beta2"], state["beta1_power"], state["beta2_power"]
+    )
+
+
 def adam(
     parameters: Array, gradient: Array, state: dict[str, Array], rounded: Array | None = None
 ) -> None:
-    """Take a step of :class:`gpuml.Adam` in place, the powers of β₁ and β₂ included.
+    """Change parameters by a step of :class:`gpuml.Adam` in place, once it is counted.
 
     Parameters
     ----------
@@ -256,9 +263,6 @@ def adam(
     rounded : cupy.ndarray of bfloat16, optional
         Gets the parameters, rounded.
     """
-    _elementwise("T b1, T b2", "T p1, T p2", "p1 *= b1; p2 *= b2;")(
-        state["beta1"], state["beta2"], state["beta1_power"], state["beta2_power"]
-    )
     names = "T g, T rate, T b1, T b2, T epsilon, T p1, T p2"
     rates = ["learning_rate", "beta1", "beta2", "epsilon", "beta1_power", "beta2_power"]
     step = ""

@@ -79,6 +79,12 @@ class Parameters(Mapping[str, Array]):
         shapes = ", ".join(f"{name} {shape}" for name, shape in self.shapes.items())
         return f"Parameters({self.flat.shape[-1]:,} numbers: {shapes})"
 
+    def written(self, *names: str) -> None:
+        """Take note that these gradients are complete: a backward pass says so, layer by layer.
+
+        Nothing follows from it here; several ranks add them up meanwhile.
+        """
+
     def zeros_like(self) -> Parameters:
         """Return parameters of the same names, shapes, type and device, all zero."""
         with device_of(self.flat).use():
@@ -243,6 +249,7 @@ class Model:
                 weight, bias = layers[i]
                 d_bias = None if summed else gradients.get(bias)
                 linear_gradient(inputs[i], d, gradients[weight], d_bias, precision=precision)
+                gradients.written(weight, bias)
                 if i == 0 and not input_gradient:
                     return gradients, None
                 turned = weights[i].swapaxes(-1, -2)

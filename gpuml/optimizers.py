@@ -90,6 +90,14 @@ class GradientDescent:
 
     def update(self, parameters: Parameters, gradients: Parameters, state: State) -> None:
         """Take one step in place."""
+        self.advance(state)
+        self.move(parameters, gradients, state)
+
+    def advance(self, state: State) -> None:
+        """Count a step: there is nothing to count."""
+
+    def move(self, parameters: Parameters, gradients: Parameters, state: State) -> None:
+        """Change parameters, or some of them with their part of the state, by a step counted."""
         xp = array_module(parameters.flat, gradients.flat)
         if fused(xp):
             rounded = parameters.rounded and parameters.rounded.flat
@@ -194,6 +202,19 @@ class Adam:
 
     def update(self, parameters: Parameters, gradients: Parameters, state: State) -> None:
         """Take one step in place."""
+        self.advance(state)
+        self.move(parameters, gradients, state)
+
+    def advance(self, state: State) -> None:
+        """Count a step: the powers of β₁ and β₂."""
+        if fused(array_module(state["beta1"])):
+            gpu_layers.adam_powers(state)
+            return
+        state["beta1_power"] *= state["beta1"]
+        state["beta2_power"] *= state["beta2"]
+
+    def move(self, parameters: Parameters, gradients: Parameters, state: State) -> None:
+        """Change parameters, or some of them with their part of the state, by a step counted."""
         xp = array_module(parameters.flat, gradients.flat)
         if fused(xp):
             rounded = parameters.rounded and parameters.rounded.flat
@@ -211,9 +232,6 @@ class Adam:
         xp.multiply(gradient, gradient, out=step)
         step *= 1 - state["beta2"]
         v += step
-        state["beta1_power"] *= state["beta1"]
-        state["beta2_power"] *= state["beta2"]
-
         xp.sqrt(v, out=step)
         step /= xp.sqrt(1 - state["beta2_power"])  # √v̂
         step += state["epsilon"]

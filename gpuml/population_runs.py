@@ -586,14 +586,12 @@ class Run:
 
     def _add_parts(self, data: Batches) -> None:
         """Take one step on data that come in parts."""
-        totals: list[Any] = [0.0] * len(self._groups)
         for x, y in data.epoch(None):
             share = len(x) / data.n_samples
-            for i, group in enumerate(self._groups):
-                totals[i] = totals[i] + group.step.part(x, y, share)
-        for group, total in zip(self._groups, totals, strict=True):
-            group.step.finish()
-            group.losses[0] = total
+            for group in self._groups:
+                group.step.part(x, y, share)
+        for group in self._groups:
+            group.losses[0] = group.step.finish()
 
     def _measure(self, held_out: Batches) -> dict[str, np.ndarray[Any, Any]]:
         """Return loss and score of each model on the validation data."""

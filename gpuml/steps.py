@@ -8,20 +8,22 @@ from typing import Any, Literal, Protocol, TypeAlias
 
 from gpuml import fused, gpu_layers, one_pass
 from gpuml.batches import Batches
+from gpuml.buckets import Buckets, part_of
 from gpuml.cpu_layers import CpuGradient
 from gpuml.cpu_populations import CpuPopulationGradient
 from gpuml.devices import Array, array_module
-from gpuml.distributed import Communicator, share_of
+from gpuml.distributed import Communicator
 from gpuml.errors import unknown_name
 from gpuml.fused import FusedStep
 from gpuml.losses import Loss, mean_squared_error
 from gpuml.matmul import CapturedProducts, Precision, checked_precision
-from gpuml.models import MLP, Linear, Model, Parameters
+from gpuml.models import MLP, Backward, Linear, Model, Parameters
 from gpuml.optimizers import OPTIMIZERS, Optimizer, State
 from gpuml.regression import Gram
 
 Engine: TypeAlias = Literal["eager", "graph", "fused", "one_pass", "gram"]
 ENGINES = ("eager", "graph", "fused", "one_pass", "gram")
+RANK_ENGINES = ("eager", "graph", "one_pass")  # of several ranks
 
 # From so many steps on it pays to compile a kernel for the sizes of a model (a second or two, kept
 # on disk), or to load what captures products (half a second).
@@ -49,12 +51,12 @@ class Step(Protocol):
         """Take a step on a batch; return the loss before it."""
         ...
 
-    def part(self, x: Array, y: Array, share: float) -> Array:
-        """Add the gradient of a part of a batch, times its share; return its share of the loss."""
+    def part(self, x: Array, y: Array, share: float) -> None:
+        """Add the gradient and the loss of a part of a batch, times its share."""
         ...
 
-    def finish(self) -> None:
-        """Take the step for which all parts have been added."""
+    def finish(self) -> Array:
+        """Take the step for which all parts have been added; return the loss before it."""
         ...
 
 
@@ -90,7 +92,8 @@ class EagerStep:
             and type(optimizer) in OPTIMIZERS.values()
         )
         self._gradients = self._make_gradients()
-        self._total: Any = None  # of the parts so far
+        self._total: Any = None  # of the parts so far, and their loss
+        self._total_loss: Any = 0.0
         self.state = optimizer.init(model.parameters)
         self._on_cpu: CpuGradient | CpuPopulationGradient | None = None
         for kind in (CpuGradient, CpuPopulationGradient):
@@ -103,12 +106,15 @@ class EagerStep:
     def _gradient(self, x: Array, y: Array) -> Array:
         if self._on_cpu is not None and self._on_cpu.fits(x):
             return self._on_cpu(x, y)
-        if self._rounds and self._parameters.rounded is None:  # the weights to begin with are there
-            self._parameters.keep_rounded()
-        predictions, backward = self._model.forward(self._parameters, x, **self._options)
+        predictions, backward = self._forward(x)
         value, d_predictions = self._loss(predictions, y)
         backward(d_predictions, self._gradients)
         return value
+
+    def _forward(self, x: Array) -> tuple[Array, Backward]:
+        if self._rounds and self._parameters.rounded is None:  # the weights to begin with are there
+            self._parameters.keep_rounded()
+        return self._model.forward(self._parameters, x, **self._options)
 
     def __call__(self, x: Array, y: Array) -> Array:
         """Take a step on a batch; return the loss before it."""
@@ -116,67 +122,118 @@ class EagerStep:
         self._optimizer.update(self._parameters, self._gradients, self.state)
         return value
 
-    def part(self, x: Array, y: Array, share: float) -> Array:
-        """Add the gradient of a part of a batch, times its share; return its share of the loss."""
-        value = self._gradient(x, y)
+    def part(self, x: Array, y: Array, share: float) -> None:
+        """Add the gradient and the loss of a part of a batch, times its share."""
         if self._total is None:
-            self._total = self._gradients.zeros_like()
+            self._total = self._model.parameters.zeros_like()
+        if not len(x):  # of a rank without rows
+            return
+        self._total_loss = self._total_loss + self._gradient(x, y) * share
         self._gradients.flat *= share
         self._total.flat += self._gradients.flat
-        return value * share
 
-    def finish(self) -> None:
-        """Take the step for which all parts have been added."""
-        self._optimizer.update(self._parameters, self._total, self.state)
+    def finish(self) -> Array:
+        """Take the step for which all parts have been added; return the loss before it."""
+        value = self._update_by_total()
         self._total.flat[...] = 0
+        self._total_loss = 0.0
+        return value
+
+    def _update_by_total(self) -> Array:
+        self._optimizer.update(self._parameters, self._total, self.state)
+        return self._total_loss
 
 
 class RankStep(EagerStep):
-    """The same work, each rank on its share of the rows; gradients are added up over all ranks.
+    """The same work, each rank on its rows of a batch; gradients are added up over all ranks.
+
+    On GPUs they are added up in buckets, while the backward pass goes on, and parameters follow
+    as their sums arrive.
 
     Parameters
     ----------
     model : Model
     loss : callable
     optimizer : Optimizer
+    precision : {"float32", "tf32", "bfloat16"}, optional
+        How a GPU multiplies float32.
     communicator : Communicator
-    engine : {"eager", "one_pass"}
-        How a rank computes its gradient.
+    read_once : bool
+        Whether a rank reads its rows once, as a linear model can: see :mod:`gpuml.one_pass`.
     """
+
+    _gradients: Buckets
 
     def __init__(
         self,
         model: Model,
         loss: Loss,
         optimizer: Optimizer,
+        precision: Precision | None = None,
+        *,
         communicator: Communicator,
-        engine: str = "eager",
+        read_once: bool = False,
     ) -> None:
-        self._communicator, self.engine = communicator, engine
-        super().__init__(model, loss, optimizer)
+        self._communicator, self._read_once = communicator, read_once
+        self._share = 1.0  # of the rows of the running batch
+        super().__init__(model, loss, optimizer, precision)
+        if read_once:
+            self.engine = "one_pass"
+        self._pieces: list[tuple[Parameters, Parameters, State]] = []  # of each bucket
 
-    def _make_gradients(self) -> Parameters:
-        # The loss behind the gradient: one sum over all ranks for both.
-        parameters = self._model.parameters
-        self._sums = self._model.device.xp.zeros(parameters.flat.size + 1, parameters.flat.dtype)
-        return Parameters(self._sums[:-1], parameters.shapes)
+    def _make_gradients(self) -> Buckets:
+        return Buckets(self._model.parameters, self._communicator)
+
+    def __call__(self, x: Array, y: Array, n_rows: int | None = None) -> Array:
+        """Take a step on this rank's rows of a batch, which has so many on all ranks."""
+        self._share = len(x) / (n_rows or len(x))
+        sums = self._gradients.sums
+        whole_at_once = self._read_once or self._on_cpu is not None or not len(x)
+        if not len(x):
+            sums[...] = 0
+            value = sums[-1]
+        elif whole_at_once:
+            value = self._gradient(x, y) * self._share
+            sums *= self._share
+        else:
+            predictions, backward = self._forward(x)
+            value, d_predictions = self._loss(predictions, y)
+            value = value * self._share
+        self._gradients.begin(value)
+        if not whole_at_once:
+            backward(d_predictions * self._share, self._gradients)
+        self._update()
+        return sums[-1]
 
     def _gradient(self, x: Array, y: Array) -> Array:
-        rows = share_of(len(x), self._communicator)
-        n = rows.stop - rows.start
-        if n:
-            self._sums[-1] = self._own_gradient(x[rows], y[rows])
-            self._sums *= n / len(x)
-        else:  # of a batch with fewer rows than there are ranks
-            self._sums[...] = 0
-        self._communicator.all_reduce(self._sums)
-        return self._sums[-1].copy()
-
-    def _own_gradient(self, x: Array, y: Array) -> Array:
-        if self.engine == "eager":
+        if not self._read_once or one_pass.limit(self._model, x) is not None:
             return super()._gradient(x, y)
         n_threads = self._communicator.n_threads
         return one_pass.gradient(x, y, self._parameters, self._gradients, n_threads=n_threads)
+
+    def _update(self) -> None:
+        """Follow the gradients as their sums over all ranks arrive."""
+        optimizer, gradients = self._optimizer, self._gradients
+        if type(optimizer) not in OPTIMIZERS.values():
+            list(gradients.added())
+            optimizer.update(self._parameters, gradients, self.state)
+            return
+        if not self._pieces:  # now, since rounded parameters are made with the first step
+            self._pieces = [self._piece(i) for i in range(len(gradients.slices))]
+        optimizer.advance(self.state)  # type: ignore[attr-defined]
+        for bucket in gradients.added():
+            optimizer.move(*self._pieces[bucket])  # type: ignore[attr-defined]
+
+    def _piece(self, bucket: int) -> tuple[Parameters, Parameters, State]:
+        part, size = self._gradients.slices[bucket], self._parameters.flat.size
+        state = {name: a[part] if a.shape == (size,) else a for name, a in self.state.items()}
+        return part_of(self._parameters, part), self._gradients.part(bucket), state
+
+    def _update_by_total(self) -> Array:
+        self._gradients.flat[...] = self._total.flat
+        self._gradients.begin(self._total_loss)
+        self._update()
+        return self._gradients.sums[-1]
 
 
 class GraphStep(EagerStep):
@@ -195,8 +252,9 @@ class GraphStep(EagerStep):
         loss: Loss,
         optimizer: Optimizer,
         precision: Precision | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(model, loss, optimizer, precision)
+        super().__init__(model, loss, optimizer, precision, **options)
         cuda = model.device.xp.cuda
         self._pool = cuda.MemoryPool()
         self._stream = cuda.Stream()  # it and the usual stream wait for each other
@@ -207,18 +265,18 @@ class GraphStep(EagerStep):
         except Exception as error:  # a library that is there and does not load
             self._give_up(error)
 
-    def __call__(self, x: Array, y: Array) -> Array:
+    def __call__(self, x: Array, y: Array, *n_rows: int) -> Array:
         """Take a step on a batch; return the loss before it."""
         if self.engine == "eager":
-            return super().__call__(x, y)
-        shape = x.shape, y.shape
+            return super().__call__(x, y, *n_rows)
+        shape = x.shape, y.shape, *n_rows
         if shape not in self._graphs:
             self._graphs[shape] = None
             with self._stream, self._allocator(), self._products:
-                return super().__call__(x, y)
-        graph = self._graphs[shape] or self._capture(x, y)
+                return super().__call__(x, y, *n_rows)
+        graph = self._graphs[shape] or self._capture(x, y, *n_rows)
         if graph is None:
-            return super().__call__(x, y)
+            return super().__call__(x, y, *n_rows)
         self._graphs[shape] = graph
         xp = self._model.device.xp
         with self._stream:
@@ -235,20 +293,32 @@ class GraphStep(EagerStep):
     def _allocator(self) -> Any:
         return self._model.device.xp.cuda.using_allocator(self._pool.malloc)
 
-    def _capture(self, x: Array, y: Array) -> _Graph | None:
+    def _capture(self, x: Array, y: Array, *n_rows: int) -> _Graph | None:
         """Return the graph of a step, or None and say why there is none."""
         try:
             with self._stream as stream, self._allocator(), self._products:
                 x, y = x.copy(), y.copy()
                 stream.begin_capture()
                 try:
-                    loss = super().__call__(x, y)
+                    loss = super().__call__(x, y, *n_rows)
                 finally:
                     graph = stream.end_capture()
         except Exception as error:  # CuPy and CUDA have many ways to say no
             self._give_up(error)
             return None
         return _Graph(graph, x, y, loss)
+
+
+class RankGraphStep(GraphStep, RankStep):  # type: ignore[misc]
+    """A step of one of several ranks, captured with its sums over all of them."""
+
+    def _capture(self, x: Array, y: Array, *n_rows: int) -> _Graph | None:
+        graph = super()._capture(x, y, *n_rows)
+        if not all(self._communicator.gather(graph is not None)):
+            if graph is not None:
+                self._give_up(RuntimeError("another rank cannot"))
+            return None
+        return graph
 
 
 @dataclass(frozen=True)
@@ -342,17 +412,16 @@ def make_step(
     if engine is not None and engine not in ENGINES:
         raise ValueError(unknown_name("engine", engine, ENGINES))
     checked_precision(precision, model.dtype)
-    if communicator is not None and communicator.world_size > 1:
-        if engine not in (None, "eager"):
-            raise ValueError(
-                f"engine='{engine}' trains in one process, and there are "
-                f"{communicator.world_size} ranks: leave it away"
-            )
-        read_once = _limit("one_pass", model, loss, optimizer, data, precision, None) is None
-        kind = "one_pass" if read_once and engine is None and before != "eager" else "eager"
-        return RankStep(model, loss, optimizer, communicator, kind)
+    several = communicator is not None and communicator.world_size > 1
+    known = RANK_ENGINES if several else ENGINES
+    if engine is not None and engine not in known:
+        raise ValueError(
+            f"engine='{engine}' trains in one process, and there are "
+            f"{communicator.world_size} ranks: leave it away"  # type: ignore[union-attr]
+        )
     trained = model, loss, optimizer, data
-    chosen: list[str] = [engine] if engine else ["fused", "one_pass", "graph", "eager"]
+    usual = [name for name in ("fused", "one_pass", "graph", "eager") if name in known]
+    chosen: list[str] = [engine] if engine else usual
     reasons: list[str] = []
     if before not in chosen or _limit(before, *trained, precision, before) is not None:
         before = None
@@ -364,7 +433,11 @@ def make_step(
             reasons.append(f"not {name}, since the checkpoint was begun by {before}")
             continue
         if reason is None:
-            step: Step | FusedStep = _made(name, *trained, precision)
+            step: Step | FusedStep = (
+                _made_for_rank(name, model, loss, optimizer, precision, communicator)
+                if several
+                else _made(name, *trained, precision)
+            )
             step.reason = "; ".join([*reasons, *filter(None, [step.reason])])
             return step
         if engine:
@@ -389,6 +462,19 @@ def _made(
     if name == "one_pass":
         return OnePassStep(model, loss, optimizer)
     return {"graph": GraphStep, "eager": EagerStep}[name](model, loss, optimizer, precision)
+
+
+def _made_for_rank(
+    name: str,
+    model: Model,
+    loss: Loss,
+    optimizer: Optimizer,
+    precision: Precision | None,
+    communicator: Any,
+) -> RankStep:
+    options = {"communicator": communicator, "read_once": name == "one_pass"}
+    kind = RankGraphStep if name == "graph" else RankStep
+    return kind(model, loss, optimizer, precision, **options)
 
 
 def _limit(

@@ -7,9 +7,10 @@ import itertools
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from numbers import Real
 from os import PathLike
 from pathlib import Path
@@ -23,7 +24,9 @@ from gpuml.batches import (
     ArrayBatches,
     Batches,
     GivenBatches,
+    Share,
     StreamedBatches,
+    shares,
 )
 from gpuml.blocking import parse_size
 from gpuml.checkpoints import fingerprint_data, load_checkpoint, save_checkpoint, saved_facts
@@ -31,10 +34,10 @@ from gpuml.devices import CPU, Array, Device, array_module, blas_threads, device
 from gpuml.distributed import (
     Alone,
     Communicator,
-    DistributedError,
     HeldBack,
     check_agreement,
     ranks,
+    share_of,
 )
 from gpuml.errors import DataError, GpumlError
 from gpuml.fused import FusedStep
@@ -183,7 +186,7 @@ def train(
     TypeError
         If `X` lives on a GPU and the model elsewhere.
     DistributedError
-        If ranks were told different things, or have GPUs: so far they train on CPUs.
+        If ranks were told different things, or share a GPU.
     ValueError
         If shapes do not fit, labels are not classes of the model, or a setting is out of range.
     CheckpointError
@@ -242,13 +245,15 @@ def train(
         run.schedule = None if schedule is None else get_schedule(schedule)
         run.patience = patience
         several = communicator.world_size > 1
+        if several:
+            run.share = partial(share_of, communicator=communicator)
         facts: dict[str, Any] = {}
         if checkpoint is not None or several:
             facts = {
                 "model": repr(model),
                 "loss": _named(loss),
                 "optimizer": _settings(optimizer),
-                "engine": step.engine,
+                "engine": before if several and before else step.engine,
                 "device": model.device.kind,
                 "batch size": data.batch_size,
                 "rows in a chunk": getattr(data, "chunk_rows", None),
@@ -328,6 +333,7 @@ class _Run:
         self.patience: int | None = None
         self.checkpoint: _Checkpoint | None = None
         self.communicator: Communicator = Alone()
+        self.share: Share | None = None  # of several ranks
         self.ctrl_c = HeldBack(self.communicator)
         self.best: tuple[float, int, Array] | None = None  # validation loss, epoch, weights
         self.flat = model.parameters.flat
@@ -389,19 +395,17 @@ class _Run:
         if isinstance(self.step, GramStep):
             self.losses[0], self.sizes[0] = self.step(None, None), self.data.n_samples
         elif self.data.streamed and self.data.batch_size >= self.data.n_samples:
-            total: Any = 0.0
-            for x, y in self.data.epoch(None):
-                total = total + self.step.part(x, y, len(x) / self.data.n_samples)
-            self.step.finish()
-            self.losses[0], self.sizes[0] = total, self.data.n_samples
+            for x, y, *_ in self._batches(None):
+                self.step.part(x, y, len(x) / self.data.n_samples)
+            self.losses[0], self.sizes[0] = self.step.finish(), self.data.n_samples
         else:
             looked = time.monotonic()
             i = -1  # enumerate would keep a batch, and its chunk, while the next is brought
-            for x, y in self.data.epoch(self.generator):
+            for batch in self._batches(self.generator):
                 i += 1
-                self.losses[i] = self.step(x, y)
-                self.sizes[i] = len(x)
-                del x, y
+                self.losses[i] = self.step(*batch)
+                self.sizes[i] = len(batch[0]) if self.share is None else batch[2]
+                del batch
                 if time.monotonic() - looked > HEARTBEAT:
                     bad = ~np.isfinite(to_host(self.losses[: i + 1]))  # and so wait for the device
                     if bad.any() and self.communicator.world_size == 1:
@@ -409,6 +413,12 @@ class _Run:
                         return
                     bar.show_step(i + 1)
                     looked = time.monotonic()
+
+    def _batches(self, generator: np.random.Generator | None) -> Iterator[tuple[Any, ...]]:
+        """Yield x, y; of several ranks this one's rows of them, and how many there are in all."""
+        if self.share is None:
+            return self.data.epoch(generator)
+        return shares(self.data, generator, self.share)
 
     def _note(self, row: dict[str, float]) -> None:
         """Note on the device whether the epoch ended well, and if so its weights."""
@@ -1037,15 +1047,11 @@ def _settings(optimizer: Optimizer) -> Any:
 
 
 def _check_ranks(communicator: Communicator, settings: dict[str, Any], model: Model) -> None:
-    """Refuse ranks that were told different things, have other weights, or have GPUs."""
+    """Refuse ranks that were told different things, have other weights, or share a GPU."""
     weights = hashlib.sha256(to_host(model.parameters.flat).tobytes()).hexdigest()
     others = {"gpuml's version": __version__, "the weights to begin with": weights[:16]}
     check_agreement(communicator, settings | others)
-    if model.device.kind == "gpu":  # on all of them, or they would disagree
-        raise DistributedError(
-            f"{communicator.world_size} ranks train on CPUs so far, and the model is on "
-            f"{model.device.name}: make it with device='cpu', or set GPUML_DEVICE=cpu"
-        )
+    communicator.all_reduce(model.device.xp.zeros(1))  # connects GPUs, or says why it cannot
 
 
 def _named(thing: Any) -> str:

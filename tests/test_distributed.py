@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,8 @@ import numpy as np
 import pytest
 
 import gpuml
-from gpuml import distributed, steps
+from gpuml import batches, distributed, steps
+from gpuml.batches import ArrayBatches
 from gpuml.distributed import Alone, DistributedError, HeldBack, check_agreement, share_of
 
 MPIEXEC = Path(sys.executable).parent / "mpiexec"
@@ -156,33 +158,95 @@ def test_ctrl_c_is_held_back_where_others_wait():
 def test_engines_of_one_process_are_refused(rng):
     X, y = rng.normal(size=(20, 3)).astype(np.float32), rng.integers(2, size=20)
     model = gpuml.MLP([3, 4, 2], device="cpu")
-    with pytest.raises(ValueError, match="engine='graph' trains in one process, and there are 2"):
-        gpuml.train(model, X, y, engine="graph", communicator=Pretending(0, 2))
+    with pytest.raises(ValueError, match="engine='gram' trains in one process, and there are 2"):
+        gpuml.train(model, X, y, engine="gram", communicator=Pretending(0, 2))
 
 
-def test_ranks_with_gpus_are_told_what_to_do(device, rng):
-    if device.kind == "cpu":
-        pytest.skip("there is none")
-    X, y = rng.normal(size=(20, 3)).astype(np.float32), rng.integers(2, size=20)
-    with pytest.raises(DistributedError, match="2 ranks train on CPUs so far"):
-        gpuml.train(gpuml.MLP([3, 4, 2]), X, y, communicator=Pretending(0, 2))
+class Keeping(Pretending):
+    """A rank that keeps what it would add up, by the bucket, and adds nothing."""
+
+    def __init__(self, rank, world_size):
+        super().__init__(rank, world_size)
+        self.sums = []
+
+    def all_reduce(self, array):
+        self.sums.append(gpuml.to_host(array).copy())
 
 
+@pytest.mark.parametrize("read_once", [False, True])
 @pytest.mark.parametrize("n", [1, 3, 30])
-def test_a_rank_adds_its_share_of_the_gradient(rng, n):
+def test_a_rank_adds_its_share_of_the_gradient(device, rng, n, read_once):
     """The sum over pretended ranks is the gradient of the whole batch; empty shares count 0."""
     X, y = rng.normal(size=(n, 5)), rng.integers(3, size=n)
-    model = gpuml.MLP([5, 7, 3], dtype=np.float64, device="cpu")
+    model = gpuml.MLP([5, 7, 3], dtype=np.float64, device=device)
     loss, optimizer = gpuml.losses.softmax_cross_entropy, gpuml.GradientDescent()
+    if read_once:
+        model, loss = gpuml.Linear(5, 2, dtype=np.float64, device=device), "mean_squared_error"
+        loss, y = gpuml.losses.get_loss(loss), rng.normal(size=(n, 2))
+    X, y = device.asarray(X), device.asarray(y)
+    start = model.parameters.flat.copy()
     whole = steps.EagerStep(model, loss, optimizer)
-    value = whole._gradient(X, y)
-    parts = []
+    value = float(whole._gradient(X, y))
+    total = 0
     for rank in range(4):
-        step = steps.RankStep(model, loss, optimizer, Pretending(rank, 4))
-        step._gradient(X, y)
-        parts.append(step._sums.copy())
-    np.testing.assert_allclose(sum(parts)[:-1], whole._gradients.flat, rtol=1e-12, atol=1e-15)
-    np.testing.assert_allclose(sum(parts)[-1], value, rtol=1e-12)
+        model.parameters.flat[...] = start
+        keeping = Keeping(rank, 4)
+        options = {"communicator": keeping, "read_once": read_once}
+        rows = share_of(n, keeping)
+        steps.RankStep(model, loss, optimizer, **options)(X[rows], y[rows], n)
+        (sums,) = keeping.sums  # these are small: one bucket
+        total = total + sums
+    gradient = gpuml.to_host(whole._gradients.flat)
+    np.testing.assert_allclose(total[:-1], gradient, rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(total[-1], value, rtol=1e-12)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", gpuml.GradientDescent(0.1, momentum=0.5)], ids=repr)
+@pytest.mark.parametrize("bucket_bytes", [1, 1000, 10**6])
+def test_a_step_by_buckets_is_a_step(device, rng, monkeypatch, optimizer, bucket_bytes):
+    """Buckets hold all gradients once, the loss goes with the first, parts follow as wholes do."""
+    monkeypatch.setattr(steps.Buckets.__init__, "__defaults__", (bucket_bytes,))
+    X, y = device.asarray(rng.normal(size=(40, 5))), device.asarray(rng.integers(3, size=40))
+    loss, optimizer = gpuml.losses.softmax_cross_entropy, gpuml.optimizers.get_optimizer(optimizer)
+    results, said = [], []
+    for kind in (steps.EagerStep, steps.RankStep):
+        model = gpuml.MLP([5, 17, 6, 3], dtype=np.float64, device=device)
+        keeping = Keeping(0, 1)
+        options = {} if kind is steps.EagerStep else {"communicator": keeping}
+        step = kind(model, loss, optimizer, **options)
+        said.append([float(step(X, y)) for _ in range(3)])
+        results.append(gpuml.to_host(model.parameters.flat))
+    np.testing.assert_allclose(results[1], results[0], rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(said[1], said[0], rtol=1e-12)
+    sent = keeping.sums[-len(keeping.sums) // 3 :]
+    assert sum(map(len, sent)) == model.n_parameters + 1
+    np.testing.assert_allclose(sent[0][-1], said[0][-1], rtol=1e-12)
+    if device.kind == "gpu":
+        assert len(sent) == {1: 6, 1000: 2, 10**6: 1}[bucket_bytes]
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+@pytest.mark.parametrize(("n", "batch_size"), [(23, 5), (64, 64), (1000, 7), (5, 2)])
+def test_ranks_gather_each_row_of_a_batch_once(device, rng, monkeypatch, n, batch_size, shuffle):
+    monkeypatch.setattr(batches, "GATHERED_BYTES", 300)
+    X = device.asarray(rng.normal(size=(n, 2)))
+    y = device.asarray(np.arange(n))
+    data = ArrayBatches(X, y, batch_size)
+
+    def generator():
+        return np.random.default_rng(4) if shuffle else None
+
+    whole = [gpuml.to_host(rows) for _, rows in data.epoch(generator())]
+    ranks = [
+        list(batches.shares(data, generator(), partial(share_of, communicator=Pretending(r, 3))))
+        for r in range(3)
+    ]
+    assert len(whole) == len(ranks[0])
+    for rows, parts in zip(whole, zip(*ranks, strict=True), strict=True):
+        assert all(size == len(rows) for _, _, size in parts)
+        np.testing.assert_array_equal(np.concatenate([gpuml.to_host(p[1]) for p in parts]), rows)
+        found = np.concatenate([gpuml.to_host(p[0]) for p in parts])
+        np.testing.assert_array_equal(found, gpuml.to_host(X)[rows])
 
 
 # --- by mpiexec --------------------------------------------------------------------------------

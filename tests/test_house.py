@@ -24,11 +24,11 @@ NOTEBOOKS = sorted(
 
 FLOORS = [
     {"errors", "devices", "kernels", "memory_maps", "blocking", "gpu_layers", "distributed"}
-    | {"watcher"},
+    | {"nccl", "watcher"},
     {"matmul", "losses", "datasets", "model_files", "plots", "timing", "staging", "journal"}
     | {"metrics", "schedules", "operations", "rounding"},
     {"models", "optimizers", "batches", "history", "blocked"}
-    | {"gradients", "regression", "checkpoints"},
+    | {"gradients", "regression", "checkpoints", "buckets"},
     {"cpu_populations", "population_runs", "populations", "searches"}
     | {"cpu_layers", "one_pass", "fused", "fused_populations", "steps", "training"},
     {"doctor", "recordings", "rivals", "workloads", "peers", "cli", "__main__"},
@@ -41,7 +41,8 @@ NEIGHBOURS += [
     ("devices", "gpu_layers"),
     ("kernels", "gpu_layers"),
 ]
-NEIGHBOURS += [("errors", "distributed"), ("devices", "distributed")]
+NEIGHBOURS += [("errors", "nccl"), ("devices", "nccl"), ("models", "buckets")]
+NEIGHBOURS += [(name, "distributed") for name in ("errors", "devices", "nccl")]
 NEIGHBOURS += [("model_files", "timing"), ("plots", "timing"), ("models", "optimizers")]
 NEIGHBOURS += [("one_pass", "steps"), ("fused", "steps"), ("fused", "training")]
 NEIGHBOURS += [("steps", "training"), ("fused", "fused_populations")]

@@ -1,0 +1,141 @@
+"""Gradients that several ranks add up: in buckets, while the backward pass goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from gpuml.devices import Array, device_of
+from gpuml.distributed import Communicator
+from gpuml.models import Parameters
+
+# Layers are put together until they fill a bucket: below some megabytes a sum over GPUs takes as
+# long as its latency (tests/benchmarks/buckets.py).
+BUCKET_BYTES = 4 * 2**20
+
+
+class Buckets(Parameters):
+    """The gradients of one rank, and room for its loss; then their sums over all ranks.
+
+    Parameters lie in the order of the layers, and the backward pass begins with the last: so does
+    the first bucket, and the loss, known before any gradient, goes with it. On a GPU a bucket is
+    added up, on a stream of its own, as soon as all that it holds has been written.
+
+    Parameters
+    ----------
+    parameters : Parameters
+        Those whose gradients these are.
+    communicator : Communicator
+    bucket_bytes : int
+        Least size of a bucket.
+
+    Attributes
+    ----------
+    sums : array of shape (n_parameters + 1,)
+        All gradients, and the loss.
+    slices : list of slice
+        The parameters of each bucket, the last layers' first.
+    """
+
+    def __init__(
+        self,
+        parameters: Parameters,
+        communicator: Communicator,
+        bucket_bytes: int = BUCKET_BYTES,
+    ) -> None:
+        device = device_of(parameters.flat)
+        self.sums = device.xp.zeros(parameters.flat.size + 1, parameters.flat.dtype)
+        super().__init__(self.sums[:-1], parameters.shapes)
+        self._communicator = communicator
+        self._stream: Any = None
+        on_gpu = device.kind == "gpu"
+        # A CPU has nobody to carry messages while it computes.
+        least = bucket_bytes // self.sums.itemsize if on_gpu else self.sums.size
+        self.slices, names = _cut(parameters, least)
+        self._bucket_of = {name: i for i, group in enumerate(names) for name in group}
+        self._sizes = [len(group) for group in names]
+        self._missing: list[int] = []  # of each bucket; empty unless sums are wanted
+        if on_gpu:
+            cuda = device.xp.cuda
+            self._stream = cuda.Stream(non_blocking=True)
+            self._written, self._added = (
+                [cuda.Event(disable_timing=True) for _ in names] for _ in range(2)
+            )
+
+    def begin(self, loss: Array) -> None:
+        """Note the loss; from now on gradients that are written are added up."""
+        self.sums[-1:] = loss
+        self._missing = list(self._sizes)
+
+    def written(self, *names: str) -> None:
+        """Say that gradients are complete."""
+        if not self._missing or self._stream is None:
+            return
+        for name in names:
+            bucket = self._bucket_of.get(name)
+            if bucket is not None:
+                self._missing[bucket] -= 1
+                if not self._missing[bucket]:
+                    self._send(bucket)
+
+    def added(self) -> Iterator[int]:
+        """Yield the number of each bucket once work queued from then on sees its sums."""
+        if self._stream is None:
+            self._communicator.all_reduce(self.sums)
+            self._missing = []
+            yield from range(len(self.slices))
+            return
+        import cupy
+
+        for bucket, missing in enumerate(self._missing):
+            if missing:  # a model of one's own need not say what it has written
+                self._send(bucket)
+        self._missing = []
+        compute = cupy.cuda.get_current_stream()
+        for bucket, event in enumerate(self._added):
+            compute.wait_event(event)
+            yield bucket
+
+    def _send(self, bucket: int) -> None:
+        import cupy
+
+        self._missing[bucket] = 0
+        part = self.slices[bucket]
+        stop = part.stop + (bucket == 0)  # the loss
+        cupy.cuda.get_current_stream().record(self._written[bucket])
+        self._stream.wait_event(self._written[bucket])
+        with self._stream:
+            self._communicator.all_reduce(self.sums[part.start : stop])
+            self._stream.record(self._added[bucket])
+
+    def part(self, bucket: int) -> Parameters:
+        """Return the gradients in a bucket."""
+        return part_of(self, self.slices[bucket])
+
+
+def part_of(parameters: Parameters, part: slice) -> Parameters:
+    """Return those parameters that lie in a part of the vector, which must hold them whole."""
+    shapes, start = {}, 0
+    for name, shape in parameters.shapes.items():
+        if part.start <= start < part.stop:
+            shapes[name] = shape
+        start += math.prod(shape)
+    found = Parameters(parameters.flat[part], shapes)
+    if parameters.rounded is not None:
+        found.rounded = Parameters(parameters.rounded.flat[part], shapes)
+    return found
+
+
+def _cut(parameters: Parameters, least: int) -> tuple[list[slice], list[list[str]]]:
+    """Return buckets of so many numbers at least, from the end on, and the names in each."""
+    stop = start = parameters.flat.size
+    slices, names, group = [], [], []
+    for name in reversed(parameters.shapes):
+        start -= math.prod(parameters.shapes[name])
+        group.append(name)
+        if start == 0 or stop - start >= least:
+            slices.append(slice(start, stop))
+            names.append(group)
+            stop, group = start, []
+    return slices, names
