@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from gpuml.batches import ArrayBatches
 from gpuml.distributed import Alone, DistributedError, HeldBack, check_agreement, share_of
 
 MPIEXEC = Path(sys.executable).parent / "mpiexec"
+if not MPIEXEC.exists():
+    MPIEXEC = Path(shutil.which("mpiexec") or MPIEXEC)
 PROMPT = 25  # seconds in which a job that cannot go on has to end; starting it takes some
 
 needs_mpi = pytest.mark.skipif(
@@ -281,7 +284,7 @@ cases = {
 found = {}
 for name, (model, data, options) in cases.items():
     history = gpuml.train(model, *data, **(settings | options))
-    flat = model.parameters.flat
+    flat = gpuml.to_host(model.parameters.flat)
     digests = ranks().gather([hashlib.sha256(flat.tobytes()).hexdigest(), len(history)])
     assert digests.count(digests[0]) == len(digests), f"{name}: {digests}"
     measured = history["loss"], history.columns.get("validation_loss", [])
@@ -294,6 +297,7 @@ if ranks().rank == 0:
 
 @pytest.fixture(scope="module")
 def by_one(tmp_path_factory):
+    """What one process on the CPU finds."""
     file = tmp_path_factory.mktemp("alone") / "weights.npz"
     clean = {k: v for k, v in os.environ.items() if k not in distributed.WORLD_SIZES}
     call = [sys.executable, "-c", CASES, file]
@@ -301,17 +305,53 @@ def by_one(tmp_path_factory):
     return np.load(file)
 
 
-@needs_mpi
-@pytest.mark.parametrize("n", [1, 2, 3, 4])
-def test_the_training_is_the_same_whatever_the_number_of_ranks(n, by_one, tmp_path):
-    done = run(n, CASES, tmp_path / "weights.npz")
+def check_cases(done, n, file, by_one):
     assert done.stdout == f"done by {n}\n", done.stderr
-    found = np.load(tmp_path / "weights.npz")
+    found = np.load(file)
     assert set(found) == set(by_one)
     for name, values in found.items():
         expected = by_one[name]
         assert len(values) == len(expected), name
         assert np.linalg.norm(values - expected) < 1e-4 * np.linalg.norm(expected), name
+
+
+def n_gpus():
+    try:
+        return gpuml.get_device("gpu").xp.cuda.runtime.getDeviceCount()
+    except gpuml.DeviceError:
+        return 0
+
+
+@needs_mpi
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_the_training_is_the_same_on_gpus(n, graphs, by_one, tmp_path):
+    if n_gpus() < n:
+        pytest.skip(f"{n_gpus()} GPUs")
+    code = CASES
+    if graphs:
+        code = code.replace('"batch_size": 50}', '"batch_size": 50, "engine": "graph"}')
+        code = code.replace('small | {"batch_size": None}', '{"batch_size": None}')
+    done = run(n, code, tmp_path / "weights.npz", GPUML_DEVICE="gpu")
+    check_cases(done, n, tmp_path / "weights.npz", by_one)
+
+
+@needs_mpi
+def test_ranks_that_share_a_gpu_are_named(tmp_path):
+    if not n_gpus():
+        pytest.skip("no GPU")
+    n = n_gpus() + 1
+    done = run(n, CASES, tmp_path / "weights.npz", GPUML_DEVICE="gpu")
+    assert done.returncode != 0
+    said = f"ranks 0 and {n - 1} share gpu:0 of .*, where {n - 1} can be seen: NCCL needs one"
+    assert re.search(said, done.stderr), done.stderr
+
+
+@needs_mpi
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_the_training_is_the_same_whatever_the_number_of_ranks(n, by_one, tmp_path):
+    done = run(n, CASES, tmp_path / "weights.npz")
+    check_cases(done, n, tmp_path / "weights.npz", by_one)
 
 
 GATHER = """
