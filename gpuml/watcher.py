@@ -13,6 +13,7 @@ import select
 import shutil
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 
@@ -39,7 +40,8 @@ def main() -> None:
                 said = True
                 where = f"process {pid} on {socket.gethostname()}"
                 text = f"gpuml: rank {rank} ({where}) was killed, or crashed: all ranks end\n"
-                os.write(2, text.encode())
+                with suppress(OSError):  # nobody may listen any more
+                    os.write(2, text.encode())
     shutil.rmtree(folder, ignore_errors=True)
 
 
