@@ -256,6 +256,23 @@ def test_a_rank_adds_its_share_of_the_gradient(rng, n):
     np.testing.assert_allclose(sum(parts)[-1], value, rtol=1e-12)
 
 
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="the watcher needs Linux")
+def test_the_watcher_leaves_no_folder_even_if_nobody_listens(tmp_path):
+    folder = tmp_path / "ranks"
+    folder.mkdir()
+    watcher = Path(distributed.__file__).with_name("watcher.py")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as rank:
+        reader, writer = os.pipe()
+        call = [sys.executable, watcher, folder, f"0:{rank.pid}"]
+        with subprocess.Popen(call, stderr=writer) as watching:
+            os.close(writer)
+            os.close(reader)
+            time.sleep(1)
+            rank.kill()
+            assert watching.wait(PROMPT) == 0
+    assert not folder.exists()
+
+
 # --- by mpiexec --------------------------------------------------------------------------------
 
 CASES = """
@@ -534,7 +551,7 @@ from gpuml.distributed import ranks
 rank = ranks().rank
 X = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
 model = gpuml.Linear(3, 3)
-gpuml.train(model, X, X, n_epochs=2, seed=None)
+gpuml.train(model, X, X, n_epochs=2, batch_size=10, seed=None)
 flat = ranks().gather(model.parameters.flat.tolist())
 assert flat[0] == flat[1] == flat[2], "orders differ"
 if rank == 0:
