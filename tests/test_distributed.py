@@ -549,11 +549,19 @@ import gpuml
 from gpuml.distributed import ranks
 
 rank = ranks().rank
-X = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
-model = gpuml.Linear(3, 3)
-gpuml.train(model, X, X, n_epochs=2, batch_size=10, seed=None)
-flat = ranks().gather(model.parameters.flat.tolist())
-assert flat[0] == flat[1] == flat[2], "orders differ"
+rows = np.arange(50.0, dtype=np.float32)[:, None]
+seen = []
+
+
+def loss(predictions, targets):
+    seen.extend(targets[:, 0].tolist())
+    return gpuml.losses.mean_squared_error(predictions, targets)
+
+
+options = {"n_epochs": 1, "batch_size": 10, "seed": None}
+gpuml.train(gpuml.Linear(1, 1), rows, rows, loss=loss, **options)
+every = [row for part in ranks().gather(seen) for row in part]
+assert sorted(every) == list(range(50)), "each has an order of its own"
 if rank == 0:
     time.sleep(3)  # to write the results
     print("written")
