@@ -216,7 +216,7 @@ class GivenBatches:
             )
         self._source, self._check = source, check
         self._device, self._x_dtype = device, np.dtype(x_dtype)
-        sizes = [len(x) for x, *_ in self._pairs()]
+        self.sizes = sizes = [len(x) for x, *_ in self._pairs()]
         if not sizes:
             raise ValueError("the source of batches is empty")
         self.n_samples, self.batch_size, self.n_steps = sum(sizes), max(sizes), len(sizes)

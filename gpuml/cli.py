@@ -616,6 +616,9 @@ def _run(job: _Job, options: argparse.Namespace) -> tuple[History, int, str]:
         return error.history, FAILED, str(error)
     except TrainingInterrupted as error:
         return error.history, INTERRUPTED, f"stopped by Ctrl-C: {error}"
+    except BaseException as error:
+        ranks().end_all(error)  # the others may not know of it
+        raise
     return history, DONE, ""
 
 

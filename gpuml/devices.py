@@ -238,7 +238,8 @@ def blas_threads(largest_product: float, most: int | None = None) -> Iterator[No
     largest_product : float
         Floating-point operations of the largest matrix product to come: 2 M N K.
     most : int, optional
-        Threads for large products, where other processes need cores as well.
+        Threads for large products, where other processes need cores as well; fewer if NumPy
+        was told so before.
     """
     if largest_product < SERIAL_PRODUCT or most == 1:
         with _ONE_THREAD:
@@ -246,7 +247,9 @@ def blas_threads(largest_product: float, most: int | None = None) -> Iterator[No
     elif most is None:
         yield
     else:
-        with _thread_pools().limit(limits=most, user_api="blas"):
+        pools = _thread_pools().select(user_api="blas")
+        n = min([most, *(pool.num_threads for pool in pools.lib_controllers)])
+        with pools.limit(limits=n):
             yield
 
 
@@ -342,11 +345,16 @@ def _cpu_name() -> str:
     return platform.processor() or platform.machine() or "CPU"
 
 
+def processors() -> set[int]:
+    """Return the numbers of the processors that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return os.sched_getaffinity(0)  # not what is there
+    return set(range(os.cpu_count() or 1))
+
+
 def cpu_count() -> int:
     """Return how many processors this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))  # not what is there
-    return os.cpu_count() or 1
+    return len(processors())
 
 
 def _host_memory() -> tuple[int | None, int | None]:

@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from gpuml.devices import Array, cpu_count, device_of
+from gpuml.devices import Array, cpu_count, device_of, processors
 from gpuml.errors import DistributedError as DistributedError  # as others know it
 from gpuml.nccl import Nccl
 
@@ -39,10 +39,15 @@ from gpuml.nccl import Nccl
 WORLD_SIZES = "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
 PMI_LINE = "PMI_FD"  # the number of an open socket
 PMIX_RANK, SLURM_SIZE = "PMIX_RANK", "SLURM_STEP_NUM_TASKS"
+MARK = "GPUML_RANK"  # its process, for the processes that a rank starts
 
 # Seconds that other ranks wait with an error which the first one may have as well.
 HEAD_START = 1.0
 PASSING_ON = 0.2  # that mpiexec needs to pass on what was said; at the end it drops the rest
+ECHO = 0.5  # in which Ctrl-C reaches all ranks, once it has reached one
+LOOKS = 0.02  # between two looks whether the others have ended
+
+STOPPED = 130  # the exit code after Ctrl-C
 
 INSTALL = "pip install 'gpuml[distributed]'"
 
@@ -110,12 +115,14 @@ class MpiRanks:
     def __init__(self, comm: Any) -> None:
         from mpi4py import MPI
 
-        self._mpi, self._comm = MPI, comm
+        # Of our own, so that nothing mixes with what the user's program says. A rank that ends
+        # answers what is asked by `gather`, which sums must not be mistaken for.
+        self._mpi, self._comm, self._asking = MPI, comm.Dup(), comm.Dup()
         self.rank, self.world_size = int(comm.rank), int(comm.size)
-        self._farewell = Path(os.devnull)
+        self._process, self._farewell = os.getpid(), Path(os.devnull)
         self._nccl: Nccl | None = None  # when the first array of a GPU comes
         here = comm.Split_type(MPI.COMM_TYPE_SHARED)
-        self.n_threads = max(1, cpu_count() // int(here.size))
+        self.n_threads = fair_share(here.allgather(sorted(processors())), here.rank)
         here.Free()
 
     def all_reduce(self, array: Array) -> None:
@@ -142,12 +149,43 @@ class MpiRanks:
     def gather(self, value: Any) -> list[Any]:
         """Return what all ranks gave, something that JSON can hold, by rank."""
         text = np.frombuffer(json.dumps(value, default=_plain).encode(), np.uint8)
-        sizes = np.empty(self.world_size, np.int64)
-        self._comm.Allgather(np.array([len(text)]), sizes)
+        sizes, asked = self._ask(len(text))
+        asked.Wait()
+        if sizes.min() < 0:
+            self._miss(sizes < 0)
         texts = np.empty(sizes.sum(), np.uint8)
-        self._comm.Allgatherv(text, [texts, sizes])
+        self._asking.Allgatherv(text, [texts, sizes])
         ends = np.cumsum(sizes)
         return [json.loads(part.tobytes()) for part in np.split(texts, ends[:-1])]
+
+    def _ask(self, size: int) -> tuple[np.ndarray[Any, Any], Any]:
+        """Begin to exchange how long the texts of all ranks are; -1 is that of one that ends."""
+        sizes = np.empty(self.world_size, np.int64)
+        self._own_size = np.array([size])  # which must stay
+        return sizes, self._asking.Iallgather(self._own_size, sizes)
+
+    def _miss(self, ended: np.ndarray[Any, Any]) -> None:
+        """End all, since ranks that have ended can take no part."""
+        gone, there = np.flatnonzero(ended), np.flatnonzero(~ended)
+        names = ", ".join(map(str, gone[:8])) + ", …" * (len(gone) > 8)
+        which = f"rank {names} has" if len(gone) == 1 else f"ranks {names} have"
+        error = DistributedError(f"{which} ended, as by sys.exit(), and the others go on")
+        self._end_all(error, first=self.rank == there[0])
+
+    def part(self) -> None:
+        """Wait until all ranks are at their ends; a rank that asks for more is told who is not.
+
+        Python is about to end this process, for whatever reason, and MPI would wait in silence.
+        """
+        if os.getpid() != self._process:  # a child, made by os.fork
+            return
+        if not self._mpi.Is_finalized():
+            with suppress(ValueError):  # in another thread than the first
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
+            _, asked = self._ask(-1)
+            while not asked.Test():
+                time.sleep(LOOKS)
+        self._say_farewell()
 
     def watch(self) -> None:
         """Let a process on each host say which rank dies without a word, where Linux can tell."""
@@ -159,7 +197,6 @@ class MpiRanks:
         folders = self.gather(tempfile.mkdtemp(prefix="gpuml-ranks-") if first else "")
         folder = folders[here[0]]
         self._farewell = Path(folder, str(self.rank))
-        atexit.register(self._say_farewell)
         if first:
             watched = [f"{rank}:{places[rank][1]}" for rank in here]
             call = [sys.executable, "-I", "-S", Path(__file__).with_name("watcher.py"), folder]
@@ -174,17 +211,26 @@ class MpiRanks:
 
     def end_all(self, error: BaseException) -> None:
         """End all ranks at once, since this one cannot go on and the others would wait for it."""
-        if self.rank > 0:  # what ails all of them, the first one says
+        self._end_all(error, first=self.rank == 0)
+
+    def _end_all(self, error: BaseException, *, first: bool) -> None:
+        if not first:  # what ails all of them, the first one says
             time.sleep(HEAD_START)
         lines = "".join(traceback.format_exception(error))
-        if isinstance(error, KeyboardInterrupt):
+        stopped = isinstance(error, KeyboardInterrupt)
+        if stopped:
             lines = "stopped by Ctrl-C\n"
         print(f"rank {self.rank} of {self.world_size} failed:\n{lines}", end="", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         self._say_farewell()
         time.sleep(PASSING_ON)
-        self._comm.Abort(1)
+        code = STOPPED if stopped else 1
+        try:
+            self._mpi.COMM_WORLD.Abort(code)
+        finally:  # it may return before mpiexec has ended this process
+            time.sleep(HEAD_START)
+            os._exit(code)
 
 
 def _plain(value: Any) -> Any:
@@ -192,18 +238,44 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else str(value)
 
 
+def fair_share(allowed: Sequence[Collection[int]], rank: int) -> int:
+    """Return how many threads a rank may have, given on which processors each rank may run.
+
+    Examples
+    --------
+    >>> fair_share([range(8), range(8)], 0), fair_share([range(4), range(4, 8)], 0)
+    (4, 4)
+    """
+    everywhere = len(set().union(*allowed))
+    return max(1, min(len(allowed[rank]), everywhere // len(allowed)))
+
+
 def launched_size() -> int:
     """Return how many processes ``mpiexec`` says that it has started; 1 without it.
 
     A process that a rank starts inherits what mpiexec said, but not the line to mpiexec: it is
     alone.
+
+    Raises
+    ------
+    DistributedError
+        If the line is closed, and no rank has started this process.
     """
+    sizes = [os.environ.get(name, "") for name in WORLD_SIZES]
+    if not any(sizes) and PMIX_RANK in os.environ:
+        sizes = [os.environ.get(SLURM_SIZE, "")]
+    n = max([int(size) for size in sizes if size.isdecimal()], default=1)
     line = os.environ.get(PMI_LINE, "")
-    if line.isdecimal() and not _is_socket(int(line)):
+    if n == 1 or not line.isdecimal() or _is_socket(int(line)):
+        return n
+    if MARK in os.environ:
         return 1
-    names = [*WORLD_SIZES, *([SLURM_SIZE] if PMIX_RANK in os.environ else [])]
-    sizes = [os.environ.get(name, "") for name in names]
-    return max([int(size) for size in sizes if size.isdecimal()], default=1)
+    raise DistributedError(
+        f"{n} processes were started as ranks, and this one's line to mpiexec is closed: was it "
+        "started by a script between the two? Let mpiexec start Python itself; or, if each is to "
+        "train by itself, give train(…, communicator=gpuml.distributed.Alone()), or unset "
+        + ", ".join(name for name in WORLD_SIZES if name in os.environ)
+    )
 
 
 def _is_socket(number: int) -> bool:
@@ -218,7 +290,8 @@ def ranks() -> Communicator:
     """Return the ranks of which this process is one; it is alone unless ``mpiexec`` started it.
 
     An error that nobody catches, on whichever rank, then ends all of them: the others would wait
-    for it forever.
+    for it forever. So does a rank that ends, by ``sys.exit`` or at the end of its program, while
+    others begin to train; where they only have more to do by themselves, it waits for them.
 
     Returns
     -------
@@ -227,7 +300,8 @@ def ranks() -> Communicator:
     Raises
     ------
     DistributedError
-        If there are several processes, and mpi4py or its MPI library is missing or another one.
+        If there are several processes, and mpi4py or its MPI library is missing or another one,
+        or their lines to mpiexec are closed.
 
     Examples
     --------
@@ -247,19 +321,20 @@ def ranks() -> Communicator:
         raise DistributedError(
             f"{said}, and mpi4py finds no MPI library ({reason}): {INSTALL} brings one"
         ) from None
-    found = MpiRanks(MPI.COMM_WORLD)
-    if found.world_size != n:
+    world = MPI.COMM_WORLD
+    if world.size != n:
         library = MPI.Get_library_version().partition("\n")[0].strip("\0 ")
         raise DistributedError(
-            f"{said}, and mpi4py sees {found.world_size}: mpiexec belongs to another MPI than "
+            f"{said}, and mpi4py sees {world.size}: mpiexec belongs to another MPI than "
             f"that of mpi4py, which is {library}. Start them with the mpiexec beside Python, "
             f"{Path(sys.executable).with_name('mpiexec')}; or, if each is to train by itself, "
             "give train(…, communicator=gpuml.distributed.Alone())"
         )
+    found = MpiRanks(world)
+    os.environ[MARK] = str(os.getpid())
     _end_all_with_one(found)
     found.watch()
-    if hasattr(os, "register_at_fork"):  # a child is no rank
-        os.register_at_fork(after_in_child=_forget_the_others)
+    atexit.register(found.part)
     return found
 
 
@@ -267,18 +342,23 @@ def _forget_the_others() -> None:
     for name in (*WORLD_SIZES, PMIX_RANK):
         os.environ.pop(name, None)
     ranks.cache_clear()
-    sys.excepthook = sys.__excepthook__
+
+
+if hasattr(os, "register_at_fork"):  # a child is no rank, even of one that has not asked yet
+    os.register_at_fork(after_in_child=_forget_the_others)
 
 
 def _end_all_with_one(found: MpiRanks) -> None:
     """Let an error that nobody catches end all ranks."""
-    before = sys.excepthook
+    before, process = sys.excepthook, os.getpid()
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        if issubclass(kind, KeyboardInterrupt):  # mpiexec sends it to all of them
+        if os.getpid() != process:  # a child, made by os.fork
             before(kind, error, trace)
-        else:
+        elif not getattr(kind, "stops_all_ranks", False):
             found.end_all(error)
+        elif found.rank == 0:  # the others end by themselves, for the same reason
+            before(kind, error, trace)
 
     sys.excepthook = hook
 
@@ -288,11 +368,16 @@ class HeldBack:
 
     A rank that stopped at once would leave the others in a sum, waiting for it. Where a signal can
     not be caught, as in another thread than the first, or where there is but one rank, nothing is
-    held back.
+    held back. What comes after the last look is of this rank alone, and comes when the block ends.
 
     Parameters
     ----------
     communicator : Communicator
+
+    Attributes
+    ----------
+    agreed : bool
+        Whether all ranks have been stopped, at the same look.
     """
 
     def __init__(self, communicator: Communicator) -> None:
@@ -300,6 +385,7 @@ class HeldBack:
         in_first = threading.current_thread() is threading.main_thread()
         self._holds = communicator.world_size > 1 and in_first
         self._came = np.zeros(1)
+        self.agreed = False
 
     def __enter__(self) -> HeldBack:
         if self._holds:
@@ -309,8 +395,8 @@ class HeldBack:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self._holds:
             signal.signal(signal.SIGINT, self._before)
-            if kind is None and self._came[0]:  # after the last look
-                raise KeyboardInterrupt
+            if kind is None and self._came[0]:
+                signal.raise_signal(signal.SIGINT)
 
     def _note(self, *_: object) -> None:
         self._came[0] = 1
@@ -321,6 +407,10 @@ class HeldBack:
             came = self._came.copy()
             self._communicator.all_reduce(came)
             if came[0]:
+                self.agreed = True
+                until = time.monotonic() + ECHO
+                while self._holds and not self._came[0] and time.monotonic() < until:
+                    time.sleep(LOOKS)
                 self._came[0] = 0
                 raise KeyboardInterrupt
 

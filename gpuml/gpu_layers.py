@@ -19,6 +19,7 @@ THREADS, MOST_THREADS = 256, 1024
 ONE_BLOCK = 2**13  # logits of a batch, up to which one block finds losses and their mean
 BACK_BLOCKS, LEAST_ROWS = 132 * 8, 64  # of relu_layer_back: blocks at most, rows of each at least
 MOST_BLOCKS = 132 * 16  # each thread of a large array takes several elements in turn
+MOST_EPOCHS = 2**16 - 1  # in one launch of epochs_end: blocks along the second axis of a grid
 PART_NUMBERS = 4096  # of a sum, which a block adds up, at least where there are several
 
 

@@ -374,7 +374,7 @@ class FusedGroup(Group):
             room = min(KEPT_BYTES, int(KEPT_SHARE * (task.model.device.memory()[0] or 0)))
         else:
             room = task.limit - n_models * bytes_of_a_model(task)  # which has room for one
-        return 1 + max(0, int(room // each))
+        return min(gpu_layers.MOST_EPOCHS, 1 + max(0, int(room // each)))
 
     def train_epochs(self, orders: Array, factors: Array, shares: Array) -> tuple[Array, Array]:
         """Take the steps of some epochs.

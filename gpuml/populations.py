@@ -113,6 +113,8 @@ def train_population(
     rounding. A model whose loss or weights stop being finite keeps the weights of its last good
     epoch and is left behind; the others go on.
 
+    Of several processes that ``mpiexec`` started, each trains all of the models by itself.
+
     Parameters
     ----------
     model : Model

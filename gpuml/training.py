@@ -86,6 +86,8 @@ class TrainingInterrupted(KeyboardInterrupt):
     The model holds the weights of the last finished epoch, and `history` the epochs until then.
     """
 
+    stops_all_ranks = True
+
     def __init__(self, history: History) -> None:
         n = len(history)
         super().__init__(f"training stopped after {n} finished epoch{'s' * (n != 1)}")
@@ -105,7 +107,7 @@ def train(
     schedule: str | Schedule | None = None,
     patience: int | None = None,
     shuffle: bool = True,
-    seed: int = 0,
+    seed: int | None = 0,
     checkpoint: str | PathLike[str] | None = None,
     checkpoint_every: int | str = 1,
     memory_limit: int | str | None = None,
@@ -148,8 +150,9 @@ def train(
     shuffle : bool
         Whether each epoch has its own order of the samples. A memory map is shuffled by blocks of
         neighbouring rows, and the rows of some blocks among each other.
-    seed : int
-        For that order. The same seed on the same device gives the same bits.
+    seed : int or None
+        For that order. The same seed on the same device gives the same bits; None another order
+        each time.
     checkpoint : path, optional
         A file in which the state of training is kept. The same call goes on from there and
         ends with the same bits as if nothing had happened.
@@ -270,7 +273,12 @@ def train(
         if several:
             more = {"n_epochs": n_epochs, "steps in an epoch": data.n_steps}
             more["having a checkpoint"] = checkpoint is not None
+            if y is None:
+                more |= _about_source(X, data)
             _check_ranks(communicator, facts | more, model)
+            if seed is None and shuffle:  # one for all
+                entropy = np.random.SeedSequence().entropy
+                run.generator = np.random.default_rng(communicator.gather(entropy)[0])
         if checkpoint is not None:
             run.checkpoint = _Checkpoint(checkpoint, facts, checkpoint_every)
             run.checkpoint.writes = communicator.rank == 0
@@ -287,11 +295,14 @@ def train(
             threads = blas_threads(product, communicator.n_threads if several else None)
             with threads, np.errstate(all="ignore"), bar, HeldBack(communicator) as run.ctrl_c:
                 run.train(n_epochs, bar)
+                run.ctrl_c.look()
         except BaseException as error:
             if not isinstance(error, KeyboardInterrupt | _NotFiniteError):
                 communicator.end_all(error)  # the other ranks do not know of it
             run.give_up()
             if isinstance(error, KeyboardInterrupt):
+                if several and not run.ctrl_c.agreed:
+                    raise  # it came to this rank after the others had been asked
                 raise TrainingInterrupted(history) from None
             if isinstance(error, _NotFiniteError):
                 named = {"X": X, "y": y}
@@ -1064,6 +1075,14 @@ def _named(thing: Any) -> str:
 def _fingerprint(X: Any, y: Any) -> Any:
     """Return what tells data from other data; a source of batches cannot be told."""
     return None if y is None else fingerprint_data(X, y)
+
+
+def _about_source(X: Any, data: Batches) -> dict[str, Any]:
+    """Return what tells a source of batches from others, as far as one batch shows it."""
+    sizes = np.array(getattr(data, "sizes", []), np.int64)
+    short = sizes.tolist() if len(sizes) <= 10 else hashlib.sha256(sizes.tobytes()).hexdigest()[:16]
+    first = (a if hasattr(a, "dtype") else np.asarray(a) for a in next(iter(X)))
+    return {"sizes of the batches": short, "the first batch": fingerprint_data(*first)}
 
 
 def usual_loss(X: Any, y: Any) -> str:

@@ -13,34 +13,46 @@ import select
 import shutil
 import socket
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 
 def main() -> None:
     """Wait until all ranks have ended; say which was the first that did so without a word."""
     folder = Path(sys.argv[1])
-    poll, ranks = select.poll(), {}
+    poll, ranks, gone = select.poll(), {}, []
     for text in sys.argv[2:]:
         rank, pid = map(int, text.split(":"))
         try:
             number = os.pidfd_open(pid)
-        except OSError:  # it has ended already, or Linux is too old
+        except ProcessLookupError:  # it has ended already
+            gone.append((rank, pid))
+        except OSError:  # Linux is too old
             continue
-        ranks[number] = rank, pid
-        poll.register(number, select.POLLIN)
+        else:
+            ranks[number] = rank, pid
+            poll.register(number, select.POLLIN)
     said = False
-    while ranks:
-        for number, _ in poll.poll():
+    while ranks or gone:
+        # Once a rank has ended in order, mpiexec may have ended the others.
+        said |= any(folder.iterdir())
+        if gone and not said:
+            said = True
+            with suppress(OSError):  # nobody may listen any more
+                os.write(
+                    2, f"gpuml: {named(gone)} was killed, or crashed: all ranks end\n".encode()
+                )
+        gone = []
+        for number, _ in poll.poll() if ranks else ():
             poll.unregister(number)
-            rank, pid = ranks.pop(number)
-            # Once a rank has ended in order, mpiexec may have ended the others.
-            said |= any(folder.iterdir())
-            if not said:
-                said = True
-                where = f"process {pid} on {socket.gethostname()}"
-                text = f"gpuml: rank {rank} ({where}) was killed, or crashed: all ranks end\n"
-                os.write(2, text.encode())
+            gone.append(ranks.pop(number))
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def named(gone: list[tuple[int, int]]) -> str:
+    """Name the first rank that ended; or some, if mpiexec ended others before we could look."""
+    names = [f"{rank} (process {pid} on {socket.gethostname()})" for rank, pid in sorted(gone)]
+    return f"rank {names[0]}" if len(names) == 1 else f"one of the ranks {', '.join(names)}"
 
 
 if __name__ == "__main__":

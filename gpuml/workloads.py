@@ -199,6 +199,11 @@ def in_precisions(workload: Workload, device: Device, precisions: Sequence[str])
     for precision in precisions:
         if device.kind == "cpu" and precision != "float32":
             raise ValueError(f"precision {precision} needs a GPU: on the CPU choose float32")
+        if workload.n_models is not None and precision != "float32":
+            raise ValueError(
+                f"{workload.name} trains many models at once, which are float32: "
+                f"leave out precision {precision}"
+            )
         named = workload.name if precision == "float32" else f"{workload.name}, {precision}"
         found.append(replace(workload, name=named, precision=precision))
     return found

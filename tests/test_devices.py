@@ -141,6 +141,15 @@ def test_blas_threads_are_limited_for_small_products_and_restored():
         assert n_threads() == before
 
 
+@pytest.mark.parametrize(("most", "expected"), [(1, 1), (2, 2), (3, 2), (100, 2)])
+def test_blas_threads_are_never_more_than_before(most, expected):
+    with threadpoolctl.threadpool_limits(2, user_api="blas"):
+        before = n_threads()
+        with devices.blas_threads(devices.SERIAL_PRODUCT, most):
+            assert set(n_threads()) == {expected}
+        assert n_threads() == before
+
+
 def test_blas_threads_are_restored_by_the_last_of_two_that_overlap():
     with threadpoolctl.threadpool_limits(2, user_api="blas"):
         before = n_threads()

@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -93,6 +94,42 @@ def test_of_slurm_alone_nothing_follows(monkeypatch):
     assert distributed.launched_size() == 1, "srun also starts processes that are no ranks"
     monkeypatch.setenv("PMIX_RANK", "3")
     assert distributed.launched_size() == 8
+    monkeypatch.delenv("PMI_FD", raising=False)
+    monkeypatch.setenv("PMI_SIZE", "2")  # an mpiexec inside
+    assert distributed.launched_size() == 2
+
+
+def test_a_closed_line_to_mpiexec_is_a_childs_or_an_error(monkeypatch):
+    for name in (*distributed.WORLD_SIZES, distributed.MARK):
+        monkeypatch.delenv(name, raising=False)
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        monkeypatch.setenv("PMI_FD", str(ours.fileno()))
+        assert distributed.launched_size() == 1
+        monkeypatch.setenv("PMI_SIZE", "2")
+        assert distributed.launched_size() == 2
+    said = (
+        r"2 processes .* line to mpiexec is closed: .*distributed\.Alone\(\)\), or unset PMI_SIZE$"
+    )
+    with pytest.raises(DistributedError, match=said):
+        distributed.launched_size()
+    monkeypatch.setenv(distributed.MARK, "123")
+    assert distributed.launched_size() == 1
+
+
+@pytest.mark.parametrize(
+    ("allowed", "expected"),
+    [
+        ([range(8)] * 4, [2] * 4),
+        ([range(4), range(4, 8)], [4, 4]),
+        ([[0], [1, 2, 3]], [1, 2]),
+        ([[0]] * 3, [1] * 3),
+        ([[0, 1], [0, 1], [2, 3], [2, 3]], [1] * 4),
+    ],
+)
+def test_ranks_share_the_processors_that_they_have(allowed, expected):
+    found = [distributed.fair_share(allowed, rank) for rank in range(len(allowed))]
+    assert found == expected
 
 
 def test_what_is_missing_is_named(monkeypatch):
@@ -109,10 +146,7 @@ def test_what_is_missing_is_named(monkeypatch):
     with pytest.raises(DistributedError, match="mpi4py finds no MPI library"):
         found()
     library = SimpleNamespace(
-        COMM_WORLD=SimpleNamespace(
-            rank=0, size=1, Split_type=lambda _: SimpleNamespace(size=1, Free=lambda: None)
-        ),
-        COMM_TYPE_SHARED=1,
+        COMM_WORLD=SimpleNamespace(size=1),
         Get_library_version=lambda: "An MPI 1.0\nof somebody",
     )
     monkeypatch.setitem(sys.modules, "mpi4py", SimpleNamespace(MPI=library))
@@ -154,8 +188,45 @@ def test_ctrl_c_is_held_back_where_others_wait():
         with pytest.raises(KeyboardInterrupt):
             held.look()
     assert signal.getsignal(signal.SIGINT) is before
+    assert held.agreed
+
+
+def test_ctrl_c_after_the_last_look_comes_when_the_block_ends():
+    came = []
+    before = signal.signal(signal.SIGINT, lambda number, _: came.append(number))
+    try:
+        with HeldBack(Pretending(0, 2)) as held:
+            held.look()
+            signal.raise_signal(signal.SIGINT)
+            assert not came
+        assert came == [signal.SIGINT]
+        assert not held.agreed
+    finally:
+        signal.signal(signal.SIGINT, before)
     with pytest.raises(KeyboardInterrupt), HeldBack(Pretending(0, 2)):
-        signal.raise_signal(signal.SIGINT)  # after the last look
+        signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_of_one_rank_is_no_training_interrupted(rng):
+    """Which all ranks get, after the same epoch; else some would go on, and wait."""
+    X, y = rng.normal(size=(20, 3)).astype(np.float32), rng.integers(2, size=20)
+    model = gpuml.MLP([3, 4, 2], device="cpu")
+    looks = []
+
+    class Late(Pretending):
+        def gather(self, value):
+            return [value] * 2
+
+        def all_reduce(self, array):
+            looks.append(array.shape)
+            if looks.count((1,)) == 3:  # the last look, after the second epoch's
+                looks.clear()
+                signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        gpuml.train(model, X, y, n_epochs=2, communicator=Late(0, 2))
+    assert caught.type is KeyboardInterrupt
+    assert not looks
 
 
 def test_engines_of_one_process_are_refused(rng):
@@ -250,6 +321,40 @@ def test_ranks_gather_each_row_of_a_batch_once(device, rng, monkeypatch, n, batc
         np.testing.assert_array_equal(np.concatenate([gpuml.to_host(p[1]) for p in parts]), rows)
         found = np.concatenate([gpuml.to_host(p[0]) for p in parts])
         np.testing.assert_array_equal(found, gpuml.to_host(X)[rows])
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="the watcher needs Linux")
+def test_the_watcher_leaves_no_folder_even_if_nobody_listens(tmp_path):
+    folder = tmp_path / "ranks"
+    folder.mkdir()
+    watcher = Path(distributed.__file__).with_name("watcher.py")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as rank:
+        reader, writer = os.pipe()
+        call = [sys.executable, watcher, folder, f"0:{rank.pid}"]
+        with subprocess.Popen(call, stderr=writer) as watching:
+            os.close(writer)
+            os.close(reader)
+            time.sleep(1)
+            rank.kill()
+            assert watching.wait(PROMPT) == 0
+    assert not folder.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="the watcher needs Linux")
+def test_a_rank_that_ended_before_the_watcher_looked_is_named(tmp_path):
+    folder = tmp_path / "ranks"
+    folder.mkdir()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as rank:
+        early = subprocess.Popen([sys.executable, "-c", ""])
+        assert early.wait() == 0
+        watcher = Path(distributed.__file__).with_name("watcher.py")
+        call = [sys.executable, watcher, folder, f"0:{rank.pid}", f"1:{early.pid}"]
+        with subprocess.Popen(call, stderr=subprocess.PIPE, text=True) as watching:
+            time.sleep(1)
+            rank.kill()
+            _, err = watching.communicate(timeout=PROMPT)
+    assert err.startswith(f"gpuml: rank 1 (process {early.pid} on ")
+    assert len(err.splitlines()) == 1
 
 
 # --- by mpiexec --------------------------------------------------------------------------------
@@ -416,11 +521,26 @@ def loss(predictions, targets):
 if what == "before":
     if rank == 1:
         raise OSError("no such data")
+if what == "ends early":
+    if rank == 1:
+        sys.exit(0)
+if what == "exits early":
+    if rank == 0:
+        sys.exit("no data for me")
+if what == "is interrupted":
+    if rank == 1:
+        signal.raise_signal(signal.SIGINT)
 if what == "checkpoint" and rank != 1:
     settings["checkpoint"] = sys.argv[2]
 data = X, y
 if what == "source":
     cut = [0, 250, 500] if rank == 0 else [0, 250, 300, 500]
+if what == "cuts":
+    cut = [0, 250, 500] if rank == 0 else [0, 300, 500]
+if what == "first batch":
+    cut = [0, 250, 500]
+    X[3, 2] += rank == 1
+if what in ("source", "cuts", "first batch"):
     data = ([(X[i:j], y[i:j]) for i, j in zip(cut, cut[1:])],)
     del settings["batch_size"]
 gpuml.train(model, *data, loss=loss, **settings)
@@ -438,12 +558,17 @@ print("never", flush=True)
         ("raises", "rank 1 of 3 failed:\n(.*\n)*OSError: the disk is full"),
         ("exits", "rank 1 of 3 failed:\n(.*\n)*SystemExit: 3"),
         ("before", "rank 1 of 3 failed:\n(.*\n)*OSError: no such data"),
+        ("ends early", "rank 0 of 3 failed:\n.*rank 1 has ended, as by .* and the others go on"),
+        ("exits early", "no data for me\n(.*\n)*rank 1 of 3 failed:\n.*rank 0 has ended"),
+        ("is interrupted", "rank 1 of 3 failed:\nstopped by Ctrl-C\n"),
         ("source", "the ranks disagree: steps in an epoch is 2 on rank 0 and 3 on rank 1"),
+        ("cuts", r"the ranks disagree: batch size is 250 on rank 0 and 300 on rank 1"),
+        ("first batch", "the ranks disagree: the first batch is .* and .* on rank 1"),
         ("checkpoint", "disagree: having a checkpoint is True on rank 0 and False on rank 1"),
         ("diverges", r"rank 0 of 3 failed:\n(.*\n)*.*DivergenceError: epoch 1, step"),
         (
             "is killed",
-            r"gpuml: rank 1 \(process \d+ on \S+\) was killed, or crashed: all ranks end",
+            r"gpuml: (rank |one of the ranks .*)\b1 \(process .*\) was killed, or crashed",
         ),
     ],
 )
@@ -455,7 +580,7 @@ def test_a_rank_that_cannot_go_on_ends_all_of_them_promptly(what, said, tmp_path
     text = done.stdout + done.stderr
     assert re.search(said, text), text
     assert text.count("Traceback") <= 1, text
-    assert text.count("gpuml: rank") == (what == "is killed"), text
+    assert text.count("was killed, or crashed") == (what == "is killed"), text
     assert len(re.findall(r"rank \d of 3 failed", text)) <= 1, text
     assert "never" not in text
 
@@ -509,11 +634,85 @@ if rank.rank == 0:
 assert rank.gather(np.int64(3)) == [3, 3]
 """
 
+FORKED = """
+import multiprocessing
+import numpy as np
+import gpuml
+from gpuml.distributed import ranks
+
+
+def train():
+    X = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
+    gpuml.train(gpuml.Linear(3, 3), X, X, n_epochs=2)
+    return ranks().world_size
+
+
+with multiprocessing.get_context("fork").Pool(1) as pool:
+    assert pool.apply(train) == 1
+assert ranks().world_size == 2
+"""
+
+NOT_BY_MPIEXEC = """
+import subprocess
+import sys
+
+code = "import gpuml.distributed; gpuml.distributed.ranks()"
+done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+assert "2 processes were started as ranks, and this one's line" in done.stderr, done.stderr
+"""
+
+ENDINGS = """
+import os
+import sys
+import time
+import numpy as np
+import gpuml
+from gpuml.distributed import ranks
+
+rank = ranks().rank
+rows = np.arange(50.0, dtype=np.float32)[:, None]
+seen = []
+
+
+def loss(predictions, targets):
+    seen.extend(targets[:, 0].tolist())
+    return gpuml.losses.mean_squared_error(predictions, targets)
+
+
+options = {"n_epochs": 1, "batch_size": 10, "seed": None}
+gpuml.train(gpuml.Linear(1, 1), rows, rows, loss=loss, **options)
+every = [row for part in ranks().gather(seen) for row in part]
+assert sorted(every) == list(range(50)), "each has an order of its own"
+if rank == 0:
+    time.sleep(3)  # to write the results
+    print("written")
+sys.exit(7 if rank == 1 else 0)
+"""
+
 
 @needs_mpi
 def test_what_a_rank_starts_is_no_rank():
     done = run(2, CHILDREN, timeout=PROMPT)
     assert done.returncode == 0, done.stderr
+
+
+@needs_mpi
+def test_a_child_made_before_its_parent_knew_to_be_a_rank_is_none():
+    done = run(2, FORKED, timeout=PROMPT)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_mpi
+def test_scripts_between_mpiexec_and_python_are_named():
+    done = run(2, NOT_BY_MPIEXEC, timeout=PROMPT)
+    assert done.returncode == 0, done.stderr
+
+
+@needs_mpi
+def test_ranks_that_are_done_wait_for_those_that_still_write():
+    done = run(3, ENDINGS, timeout=PROMPT)
+    assert done.returncode == 7, done.stderr
+    assert (done.stdout, done.stderr) == ("written\n", "")
 
 
 FAULT = """
@@ -529,14 +728,28 @@ if ranks().rank == 1:
 sys.exit(gpuml.cli.main())
 """
 
+LATER_FAULT = """
+import sys
+import gpuml.cli
+import gpuml.training
+from gpuml.distributed import ranks
+
+if ranks().rank == 1:
+    def faulty(*arguments, **options):
+        raise MemoryError("unable to allocate 40 GiB")
+    gpuml.training.source_of = faulty
+sys.exit(gpuml.cli.main())
+"""
+
 
 @needs_mpi
-def test_a_fault_of_one_rank_ends_the_command(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("code", "size"), [(FAULT, 30), (LATER_FAULT, 40)])
+def test_a_fault_of_one_rank_ends_the_command(code, size, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    done = run(2, FAULT, "train", timeout=PROMPT)
+    done = run(2, code, "train", timeout=PROMPT)
     assert done.returncode != 0
     assert "rank 1 of 2 failed" in done.stderr
-    assert "MemoryError: unable to allocate 30 GiB" in done.stderr
+    assert f"MemoryError: unable to allocate {size} GiB" in done.stderr
 
 
 @needs_mpi
@@ -552,6 +765,41 @@ def test_ctrl_c_stops_all_ranks_after_the_same_epoch(tmp_path):
         job.send_signal(signal.SIGINT)
         out, err = job.communicate(timeout=PROMPT)
     assert "stopped together" in out, out + err
+    assert "Traceback" not in err
+
+
+LOADING = """
+import sys
+import time
+from pathlib import Path
+import numpy as np
+import gpuml
+from gpuml.distributed import ranks
+
+rank = ranks().rank
+Path(f"rank{rank}").touch()
+if rank == int(sys.argv[1]):
+    time.sleep(60)
+X = np.ones((50, 3), np.float32)
+gpuml.train(gpuml.Linear(3, 3), X, X)
+"""
+
+
+@needs_mpi
+@pytest.mark.parametrize("slow", [0, 1])
+def test_ctrl_c_ends_ranks_that_are_at_different_places(slow, tmp_path):
+    call = [MPIEXEC, "-n", "3", sys.executable, "-c", LOADING, str(slow)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    environment = os.environ | {"GPUML_DEVICE": "cpu"}
+    with subprocess.Popen(call, cwd=tmp_path, env=environment, **pipes) as job:
+        begin = time.monotonic()
+        while len(list(tmp_path.glob("rank*"))) < 3:
+            assert time.monotonic() - begin < PROMPT, "they do not even begin"
+            time.sleep(0.05)
+        time.sleep(1)
+        job.send_signal(signal.SIGINT)
+        _, err = job.communicate(timeout=PROMPT)
+    assert err.count("stopped by Ctrl-C") == 1
     assert "Traceback" not in err
 
 

@@ -237,6 +237,8 @@ def test_workloads_are_data(tmp_path):
     assert same.n_models is None
     with pytest.raises(ValueError, match="unknown workload 'digit': did you mean 'digits'"):
         workloads.workloads(["digit"], CPU)
+    with pytest.raises(ValueError, match=r"population trains many models .* out precision tf32"):
+        workloads.workloads(["wide", "population"], gpu, precisions=["float32", "tf32"])
     with pytest.raises(ValueError, match="precision tf32 needs a GPU"):
         workloads.workloads(["digits"], CPU, precisions=["tf32"])
     with pytest.raises(ValueError, match="unknown precision 'float8'"):

@@ -7,6 +7,7 @@ import json
 import math
 import threading
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -962,6 +963,19 @@ def test_it_is_known_how_epochs_ended(device, rng, shape, dtype):
     found = to_host(population_runs.ends_of(*arrays))
     np.testing.assert_array_equal(found[0], fine)
     np.testing.assert_allclose(found[1], mean, rtol=1e-12, atol=1e-12)
+
+
+def test_no_launch_takes_more_epochs_than_a_grid_has_blocks(monkeypatch):
+    """Along its second axis; so small a population would have room for 200,000 of them."""
+    task = SimpleNamespace(own_orders=False, limit=10_000_000)
+    group = SimpleNamespace(
+        _task=task, crew=SimpleNamespace(flat=np.zeros((2, 5))), losses=np.zeros((1, 2))
+    )
+    monkeypatch.setattr(population_runs, "bytes_of_a_model", lambda task: 10)
+    most = population_runs.FusedGroup.most_epochs.fget
+    assert most(group) == 65_535
+    task.limit = 48 * 1000 + 20
+    assert most(group) == 1001
 
 
 class StandIn:
