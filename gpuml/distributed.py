@@ -204,6 +204,7 @@ class MpiRanks:
         self._say_farewell()
         time.sleep(PASSING_ON)
         self._comm.Abort(1)
+        os._exit(1)  # it may return before mpiexec ends this process, which would say it again
 
 
 def _bytes(array: Array) -> Array:

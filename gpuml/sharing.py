@@ -369,4 +369,7 @@ def shared_memory(communicator: Communicator, n_bytes: int) -> mmap.mmap | None:
     finally:
         if number >= 0:
             os.close(number)
+    if there and made is not None and hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):
+            made.madvise(mmap.MADV_HUGEPAGE)
     return made if there else None
