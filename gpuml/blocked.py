@@ -240,8 +240,9 @@ def blocked_matmul(
     return_report : bool
         Whether to return ``(out, report)``; of several ranks, each reports its part.
     communicator : Communicator, optional
-        Ranks that share the work, ``gpuml.distributed.ranks()``; else each multiplies by itself,
-        also under mpiexec. See below.
+        Ranks that share the work, see below: ``from gpuml.distributed import ranks``, and
+        ``communicator=ranks()``. Unless given, each process multiplies by itself, under mpiexec
+        as well.
 
     Returns
     -------
