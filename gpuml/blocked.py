@@ -34,7 +34,8 @@ from gpuml.blocking import (
     size_text,
     smallest_memory,
 )
-from gpuml.devices import CPU, Array, Device, cpu_count, device_of, get_device
+from gpuml.devices import CPU, Array, Device, blas_threads, cpu_count, device_of, get_device
+from gpuml.distributed import Communicator, together
 from gpuml.errors import DataError, DeviceMemoryError
 from gpuml.journal import Journal, Tile, fingerprint
 from gpuml.matmul import (
@@ -53,6 +54,15 @@ from gpuml.memory_maps import (
     mapped_file,
     overlap,
     read_ahead,
+)
+from gpuml.sharing import (
+    OnFirst,
+    check_arguments,
+    check_operands,
+    check_shared,
+    file_of,
+    places,
+    share,
 )
 from gpuml.staging import Stager, Trace, Transfer, copy_threads
 from gpuml.timing import benchmark, duration
@@ -195,6 +205,7 @@ def blocked_matmul(
     progress: Progress = None,
     resume: bool = False,
     return_report: bool = False,
+    communicator: Communicator | None = None,
 ) -> Any:
     """Multiply matrices in host memory, or in files, that may be larger than the device.
 
@@ -227,13 +238,18 @@ def blocked_matmul(
         finished tiles are noted in a file beside it, ``NAME.progress``, which is deleted at
         the end.
     return_report : bool
-        Whether to return ``(out, report)``.
+        Whether to return ``(out, report)``; of several ranks, each reports its part.
+    communicator : Communicator, optional
+        Ranks that share the work, see below: ``from gpuml.distributed import ranks``, and
+        ``communicator=ranks()``. Unless given, each process multiplies by itself, under mpiexec
+        as well.
 
     Returns
     -------
     numpy.ndarray of shape (M, N)
         `out` if given; of the type that NumPy's promotion gives. With `return_report` also a
-        :class:`BlockReport`, or None if there was nothing to do.
+        :class:`BlockReport`, or None if there was nothing to do. None for other ranks than the
+        first, unless they all write to one file.
 
     Raises
     ------
@@ -246,11 +262,23 @@ def blocked_matmul(
         the record of other operands.
     DeviceMemoryError
         If not even the smallest tile finds memory on the device.
+    DistributedError
+        On all ranks, if one was given something else, does not see the file of `out`, or cannot
+        begin; the message names it.
 
     Warns
     -----
     ResourceWarning
         If memory was taken by others, and smaller tiles were used.
+
+    Notes
+    -----
+    Several ranks are given the same operands, each as an array or a memory map of its own, and
+    multiply a share of the rows of A each, or of the columns of B if there are more of them. If
+    all give as `out` a memory map of the same file, each writes its part there, and what an
+    interrupted call left can be taken up by any number of ranks. Else rank 0 gets the result, in
+    its `out` if given. A rank that fails on the way ends all of them, and so does Ctrl-C.
+    `memory_limit` is for each rank; unless given, those that compute in one memory divide it.
 
     Examples
     --------
@@ -259,30 +287,122 @@ def blocked_matmul(
     >>> blocked_matmul(a, b, memory_limit="200 KiB", device="cpu")[0, :3]
     array([200., 200., 200.])
     """
-    where = get_device(device)
-    out = _checked(a, b, out, resume)
-    checked_precision(precision, out.dtype)
-    limit = None if memory_limit is None else parse_size(memory_limit)
+    options = _Options(memory_limit, precision, device, progress, resume, return_report)
+    if communicator is not None and communicator.world_size > 1:
+        out, report = _by_ranks(a, b, out, options, communicator)
+        return (out, report) if return_report else out
+    where, dtype = _checked(a, b, out, options)
+    if out is None:
+        out = np.empty((a.shape[0], b.shape[1]), dtype)
     if out.size == 0 or a.shape[1] == 0:
         out[...] = 0
         return (out, None) if return_report else out
-    report = BlockReport(
-        plan_for(a, b, memory_limit=limit, precision=precision, device=where), str(where)
-    )
-    journal = _open_journal(a, b, out, precision, resume)
-    with _ProgressBar(progress, report.plan) as bar:
-        work = _Work(a, b, out, precision, where, journal, bar)
-        _multiply(work, report, limit)
-    if journal and journal.finished:
-        report.notes.append(
-            f"taken up again: {len(journal.finished)} tiles were finished before, {report.n_tiles} "
-            "now; what is predicted is the whole product"
-        )
-    if return_report:
-        report.rates = _rates_for(report, where, out.dtype, precision, limit)
+    plan = _plan(a, b, options, where)
+    journal = _open_journal(a, b, out, options)
+    report = _computed(_Work(a, b, out, precision, where, journal), plan, options)
     if journal:
         journal.remove()  # as the last: until then nothing need be computed again
     return (out, report) if return_report else out
+
+
+@dataclass(frozen=True)
+class _Options:
+    """How a product is to be computed."""
+
+    memory_limit: int | str | None
+    precision: Precision | None
+    device: Device | str | None
+    progress: Progress
+    resume: bool
+    return_report: bool
+
+    @property
+    def limit(self) -> int | None:
+        """The limit of memory in bytes, if there is one."""
+        return None if self.memory_limit is None else parse_size(self.memory_limit)
+
+
+def _computed(work: _Work, plan: BlockPlan, options: _Options) -> BlockReport:
+    """Compute what is not finished, and report."""
+    report = BlockReport(plan, str(work.device))
+    with _ProgressBar(options.progress, plan) as work.bar:
+        _multiply(work, report, options.limit)
+    if work.journal and work.journal.finished:
+        n_before = len(work.journal.finished)
+        report.notes.append(
+            f"taken up again: {n_before} tiles were finished before, {report.n_tiles} "
+            "now; what is predicted is the whole product"
+        )
+    if options.return_report:
+        report.rates = _rates_for(
+            report, work.device, work.out.dtype, work.precision, options.limit
+        )
+    return report
+
+
+def _by_ranks(
+    a: Array, b: Array, out: Array | None, options: _Options, communicator: Communicator
+) -> tuple[Array | None, BlockReport | None]:
+    """Compute this rank's share of a product, and bring the shares together."""
+    first, names = communicator.rank == 0, ("precision", "memory_limit", "resume")
+    settings = {name: getattr(options, name) for name in names}
+    in_file = check_arguments(communicator, a, b, out, settings)
+    if not in_file and not first:
+        out = None
+    where, dtype = together(communicator, lambda: _checked(a, b, out, options, in_file))
+    check_operands(communicator, a, b)
+    around = places(communicator, where)
+    if in_file:
+        check_shared(communicator, out, around)
+    shape = a.shape[0], b.shape[1]
+    rows, columns = share(*shape, communicator)
+    mine = a[rows], b[:, columns]
+    empty = 0 in (*mine[0].shape, mine[1].shape[1])
+    plan = together(
+        communicator, lambda: None if empty else _plan(*mine, options, where, around.n_sharers)
+    )
+    if 0 in shape:
+        return (np.empty(shape, dtype) if out is None and first else out), None
+    journal = gathered = report = None
+    if in_file and a.shape[1] > 0:
+        journal = _open_journal(a, b, out, options, communicator)
+    try:
+        if not in_file:
+            gathered = OnFirst(communicator, out, shape, dtype)
+            part = gathered.part(rows, columns)
+        else:
+            part = out[rows, columns]  # type: ignore[index]
+        if plan is None:
+            part[...] = 0
+        else:
+            corner, n_cores = (rows.start, columns.start), communicator.n_threads
+            work = _Work(*mine, part, options.precision, where, journal, corner, n_cores)
+            report = _share_computed(work, plan, options, communicator)
+        communicator.gather(None)  # all are done
+        if journal:
+            journal.remove()
+        if gathered:
+            out = gathered.bring(part, rows, columns)
+        communicator.gather(None)  # none goes on, and perhaps away, before all is there
+    except BaseException as error:
+        communicator.end_all(error)  # the others do not know of it
+        raise
+    return out, report
+
+
+def _share_computed(
+    work: _Work, plan: BlockPlan, options: _Options, communicator: Communicator
+) -> BlockReport:
+    """Compute one rank's share with its share of the cores; the first one shows how it goes on."""
+    rank, (top, left), (height, width) = communicator.rank, work.corner, work.out.shape
+    shown = options.progress if rank == 0 or callable(options.progress) else False
+    with blas_threads(math.inf, work.n_cores):
+        report = _computed(work, plan, replace(options, progress=shown))
+    report.notes.append(
+        f"rank {rank} of {communicator.world_size}: rows {top:,} to {top + height:,}, "
+        f"columns {left:,} to {left + width:,}"
+    )
+    return report
 
 
 def _rates_for(
@@ -334,9 +454,14 @@ def plan_for(
     DeviceMemoryError
         If no limit is given, and what is free is below the smallest tile.
     """
-    where = get_device(device)
+    options = _Options(memory_limit, precision, device, False, False, False)
+    return _plan(a, b, options, get_device(device))
+
+
+def _plan(a: Array, b: Array, options: _Options, where: Device, n_sharers: int = 1) -> BlockPlan:
+    """Return the plan of a product; so many processes share what memory is free."""
     m, n, k = _sizes(a, b)
-    limit = _safe_limit(where) if memory_limit is None else parse_size(memory_limit)
+    limit = options.limit or _safe_limit(where) // n_sharers
     reserve = _reserve(where, limit)
     dtype = product_dtype(a, b)
     itemsize, sum_itemsize = dtype.itemsize, _sum_dtype(dtype).itemsize
@@ -350,13 +475,13 @@ def plan_for(
             f"the smallest tile needs {size_text(copies * least)}, and {size_text(reserve)} are "
             "kept for the libraries"
         )
-        if memory_limit is None:
+        if options.limit is None:
             raise DeviceMemoryError(f"the device has {size_text(limit)} to spare: {needs}")
         raise DataError(
             f"a memory limit of {size_text(limit)} is too small: {needs}; "
             f"memory_limit={_least_limit(where, copies * least)} would do"
         )
-    speed = replace(NOMINAL, arithmetic=NOMINAL.arithmetic * _speed(dtype, precision))
+    speed = replace(NOMINAL, arithmetic=NOMINAL.arithmetic * _speed(dtype, options.precision))
     return plan_blocks(
         m, n, k, itemsize, budget, sum_itemsize=sum_itemsize, buffers=buffers, rates=speed
     )
@@ -499,7 +624,7 @@ def _copy_rates(device: Device, n_bytes: int) -> list[float]:
     return [n_bytes / t for t in times]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Work:
     """What is multiplied, where, and who is told of finished tiles."""
 
@@ -509,22 +634,30 @@ class _Work:
     precision: Precision | None
     device: Device
     journal: Journal | None
-    bar: _ProgressBar
+    corner: tuple[int, int] = (0, 0)  # of the journal's array, at which `out` begins
+    n_cores: int | None = None  # all unless given
+    bar: _ProgressBar = field(init=False)
     finished: list[Tile] = field(default_factory=list)
 
     def finish(self, tile: Tile) -> None:
         """Note that a tile of the result is in its place."""
         self.finished.append(tile)
         if self.journal:
-            self.journal.add(tile)
+            self.journal.add(_moved(tile, *self.corner))
         else:
             drop_pages(self.out[tile[0] : tile[1], tile[2] : tile[3]])
         self.bar.tell(len(self.finished))
 
     def steps(self, plan: BlockPlan) -> list[Step]:
         """Return what is left to do."""
-        done = _Covered(self.finished + (self.journal.finished if self.journal else []))
+        top, left = self.corner
+        before = self.journal.finished if self.journal else []
+        done = _Covered(self.finished + [_moved(tile, -top, -left) for tile in before])
         return [step for step in plan.steps() if step.tile not in done]
+
+
+def _moved(tile: Tile, rows: int, columns: int) -> Tile:
+    return tile[0] + rows, tile[1] + rows, tile[2] + columns, tile[3] + columns
 
 
 class _Covered:
@@ -624,8 +757,16 @@ def _smaller(work: _Work, plan: BlockPlan, why: str, notes: list[str]) -> BlockP
         f"going on with {size_text(smaller.memory)}"
     )
     notes.append(note)
-    warnings.warn(note, ResourceWarning, stacklevel=4)
+    warnings.warn(note, ResourceWarning, stacklevel=_caller())
     return smaller
+
+
+def _caller() -> int:
+    """Return how many calls the user's line is away from the function that asks."""
+    level, frame = 0, sys._getframe(1)
+    while frame.f_code.co_filename == __file__ and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    return level + 1
 
 
 def _multiply_on_host(work: _Work, plan: BlockPlan, steps: list[Step], trace: Trace) -> None:
@@ -693,7 +834,7 @@ def _multiply_on_gpu(
     work: _Work, plan: BlockPlan, steps: list[Step], trace: Trace, n_threads: dict[str, int]
 ) -> None:
     """Compute tiles on a GPU: panels come, tiles go back, and the device multiplies meanwhile."""
-    n_in = n_out = copy_threads()
+    n_in = n_out = copy_threads(work.n_cores)
     n_threads |= {FILL: n_in, EMPTY: n_out}
     with (
         _arena(work.device, plan.memory) as memory,
@@ -947,8 +1088,14 @@ class _ProgressBar:
             self._tell(n_done, self._n_tiles)
 
 
-def _checked(a: Array, b: Array, out: Array | None, resume: bool) -> Array:
-    """Return an array for the result, or say what is wrong with the arguments."""
+def _checked(
+    a: Array, b: Array, out: Array | None, options: _Options, in_file: bool = True
+) -> tuple[Device, np.dtype[Any]]:
+    """Return where to compute and the result's type, or say what is wrong with the arguments.
+
+    Only a result that is kept in a file, by all ranks, can be taken up again.
+    """
+    where = get_device(options.device)
     given = [a, b] if out is None else [a, b, out]
     if device_of(*given).kind != "cpu":
         raise TypeError(
@@ -956,38 +1103,43 @@ def _checked(a: Array, b: Array, out: Array | None, resume: bool) -> Array:
             "gpuml.batched_matmul(a, b) multiplies them there"
         )
     (m, n, _), dtype = _sizes(a, b), product_dtype(a, b)
-    shape = m, n
     for name, array in (("a", a), ("b", b)):
         check_length(array, name)
-    if out is None:
-        if resume:
-            raise ValueError("to resume, give the memory-mapped out that was interrupted")
-        return np.empty(shape, dtype)
-    check_out(out, shape, dtype)
-    check_length(out, "out")
-    for name, array in (("a", a), ("b", b)):
-        if array.size and out.size and overlap(out, array):
-            raise ValueError(overlap_text(name))
-    part = mapped_file(out)
-    if resume and out.size and (part is None or part.path is None or not part.shared):
+    if out is not None:
+        check_out(out, (m, n), dtype)
+        check_length(out, "out")
+        for name, array in (("a", a), ("b", b)):
+            if array.size and out.size and overlap(out, array):
+                raise ValueError(overlap_text(name))
+    if options.resume and (out is None or not in_file):
+        raise ValueError("to resume, give the memory-mapped out that was interrupted")
+    if options.resume and out is not None and out.size and file_of(out) is None:
         raise ValueError("to resume, out must be a memory map of a file with a name, in mode 'r+'")
-    return out
+    checked_precision(options.precision, dtype)
+    if options.memory_limit is not None:
+        parse_size(options.memory_limit)
+    return where, dtype
 
 
 def _open_journal(
-    a: Array, b: Array, out: Array, precision: Precision | None, resume: bool
+    a: Array,
+    b: Array,
+    out: Array | None,
+    options: _Options,
+    communicator: Communicator | None = None,
 ) -> Journal | None:
     """Return the record of finished tiles, if the result is kept in a file."""
-    part = mapped_file(out)
-    if part is None or part.path is None or not part.shared:
+    part = file_of(out)
+    if out is None or part is None:
         return None
     facts = {
-        "a": fingerprint(a),
-        "b": fingerprint(b),
+        "a": fingerprint(a, communicator=communicator),
+        "b": fingerprint(b, communicator=communicator),
         "out": f"{out.shape[0]}x{out.shape[1]} {out.dtype.str} at {part.begin + part.first}",
-        "precision": precision,
+        "precision": options.precision,
     }
-    return Journal(Path(part.path + ".progress"), out, facts, resume=resume)
+    path = Path(f"{part.path}.progress")
+    return Journal(path, out, facts, resume=options.resume, communicator=communicator)
 
 
 def _sum_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:

@@ -19,13 +19,13 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -48,6 +48,8 @@ ECHO = 0.5  # in which Ctrl-C reaches all ranks, once it has reached one
 LOOKS = 0.02  # between two looks whether the others have ended
 
 STOPPED = 130  # the exit code after Ctrl-C
+
+Found = TypeVar("Found")
 
 INSTALL = "pip install 'gpuml[distributed]'"
 
@@ -80,6 +82,14 @@ class Communicator(Protocol):
         """Return what all ranks gave, something that JSON can hold, by rank."""
         ...
 
+    def send(self, array: Array, rank: int) -> None:
+        """Give an array to another rank, which must receive it."""
+        ...
+
+    def receive(self, array: Array, rank: int) -> None:
+        """Fill an array with what another rank sends."""
+        ...
+
     def end_all(self, error: BaseException) -> None:
         """End all ranks at once, since this one cannot go on and the others would wait for it."""
         ...
@@ -99,6 +109,12 @@ class Alone:
     def gather(self, value: Any) -> list[Any]:
         """Return what this process gave."""
         return [value]
+
+    def send(self, array: Array, rank: int) -> None:
+        """Do nothing: there is nobody else."""
+
+    def receive(self, array: Array, rank: int) -> None:
+        """Do nothing: there is nobody else."""
 
     def end_all(self, error: BaseException) -> None:
         """Do nothing: nobody waits."""
@@ -157,6 +173,14 @@ class MpiRanks:
         self._asking.Allgatherv(text, [texts, sizes])
         ends = np.cumsum(sizes)
         return [json.loads(part.tobytes()) for part in np.split(texts, ends[:-1])]
+
+    def send(self, array: Array, rank: int) -> None:
+        """Give an array of NumPy's, C-contiguous and below 2 GiB, to a rank that receives it."""
+        self._comm.Send(_bytes(array), dest=rank)
+
+    def receive(self, array: Array, rank: int) -> None:
+        """Fill an array of NumPy's, C-contiguous, with what a rank sends."""
+        self._comm.Recv(_bytes(array), source=rank)
 
     def _ask(self, size: int) -> tuple[np.ndarray[Any, Any], Any]:
         """Begin to exchange how long the texts of all ranks are; -1 is that of one that ends."""
@@ -231,6 +255,11 @@ class MpiRanks:
         finally:  # it may return before mpiexec has ended this process
             time.sleep(HEAD_START)
             os._exit(code)
+
+
+def _bytes(array: Array) -> Array:
+    """Return the bytes of a C-contiguous array, whatever its type: MPI does not know all."""
+    return array.reshape(-1).view(np.uint8)
 
 
 def _plain(value: Any) -> Any:
@@ -448,3 +477,46 @@ def check_agreement(communicator: Communicator, settings: Mapping[str, Any]) -> 
                     f"the ranks disagree: {name} is {first.get(name)} on rank 0 and "
                     f"{other.get(name)} on rank {rank}"
                 )
+
+
+def together(communicator: Communicator, function: Callable[[], Found]) -> Found:
+    """Call a function on all ranks; where it fails on one, all of them raise.
+
+    None waits for another then, as for one that raised by itself. All must call it.
+
+    Parameters
+    ----------
+    communicator : Communicator
+    function : callable
+        Without arguments, and without a word to the other ranks.
+
+    Returns
+    -------
+    object
+        What the function returns on this rank.
+
+    Raises
+    ------
+    Exception
+        What the function raises on this rank.
+    DistributedError
+        If it fails on others only: it names the first of them, and the error.
+
+    Examples
+    --------
+    >>> together(Alone(), lambda: 3)
+    3
+    """
+    error: Exception | None = None
+    try:
+        found = function()
+    except Exception as caught:
+        error = caught
+    said = "" if error is None else f"{type(error).__name__}: {error}"
+    every = communicator.gather(said)
+    if error is not None:
+        raise error
+    for rank, text in enumerate(every):
+        if text:
+            raise DistributedError(f"rank {rank} of {len(every)} cannot go on: {text}")
+    return found

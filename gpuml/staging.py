@@ -28,9 +28,9 @@ BUFFERS_EACH = 2  # for a thread: it fills one while the other is copied
 MOST_THREADS = 16  # so that the buffers of both directions take half a GiB at most
 
 
-def copy_threads() -> int:
-    """Return how many threads of the host should copy in one direction."""
-    return max(1, min(MOST_THREADS, cpu_count() * 3 // 4))
+def copy_threads(n_cores: int | None = None) -> int:
+    """Return how many threads of the host should copy in one direction, on so many cores."""
+    return max(1, min(MOST_THREADS, (n_cores or cpu_count()) * 3 // 4))
 
 
 class Trace:

@@ -26,6 +26,7 @@ FLOORS = [
     {"errors", "devices", "kernels", "memory_maps", "blocking", "gpu_layers", "distributed"}
     | {"nccl", "watcher"},
     {"matmul", "losses", "datasets", "model_files", "plots", "timing", "staging", "journal"}
+    | {"sharing"}
     | {"metrics", "schedules", "operations", "rounding"},
     {"models", "optimizers", "batches", "history", "blocked"}
     | {"gradients", "regression", "checkpoints", "buckets"},
