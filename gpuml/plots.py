@@ -524,8 +524,11 @@ def scaling(
     for i, (name, (ranks, values)) in enumerate(points.items()):
         marker = {"marker": MARKERS[i % len(MARKERS)], "color": "black", "zorder": 3}
         axis.plot(ranks, values, linestyle="", label=name, **marker)
-    if "speed-up" not in label:
-        axis.set_ylim(0, 1.08 * max(1, *(max(v) for _, v in (*lines.values(), *points.values()))))
+    heights = [value for _, values in (*lines.values(), *points.values()) for value in values]
+    if "speed-up" in label:
+        axis.set_ylim(min(heights) / 1.3, 4 * max(heights))
+    else:
+        axis.set_ylim(0, 1.08 * max(1, *heights))
     axis.set_xticks([2**i for i in range(0, max(counts).bit_length(), 2)])
     axis.xaxis.set_major_formatter(_thousands)
     axis.set_xlabel("ranks")
@@ -573,6 +576,7 @@ def stacked(
         below = below + heights
     axis.set_xlabel(labels[0])
     axis.set_ylabel(labels[1])
+    axis.set_ylim(0, 1.05 * below.max())
     axis.set_axisbelow(True)
     return _finished(axis, title, outside=True)
 

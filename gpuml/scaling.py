@@ -190,12 +190,17 @@ class Scaling:
         lines: dict[str, tuple[list[int], list[float]]] = {}
         for p in sorted({found.n_ranks for found in self.sums}):
             found = [time for time in self.sums if time.n_ranks == p]
-            sizes = [time.size for time in found]
-            lines[f"{p} ranks, measured"] = sizes, [time.seconds for time in found]
-            if model is not None:
-                lines[f"{p} ranks, model"] = sizes, [model.all_reduce(p, n) for n in sizes]
+            lines[f"{p} ranks"] = [t.size for t in found], [t.seconds for t in found]
         labels = "bytes of each rank", "time [s]"
-        return plots.times(lines, f"all-reduce, {self.label}", axis, labels=labels)
+        figure = plots.times(lines, f"all-reduce, {self.label}", axis, labels=labels)
+        axis = figure.axes[0] if axis is None else axis
+        if model is not None:
+            style = {"linestyle": "--", "color": "black", "linewidth": 1, "zorder": 3}
+            for i, (name, (sizes, _)) in enumerate(lines.items()):
+                said = [model.all_reduce(int(name.split()[0]), size) for size in sizes]
+                axis.plot(sizes, said, label="model" if i == 0 else None, **style)
+            axis.legend(fontsize="small")
+        return figure
 
 
 def measure_scaling(
