@@ -84,6 +84,10 @@ those that are installed, and compares their times a step; a time counts only
 if the losses agree. It takes a minute for each workload, more where something
 is compiled. With --save the tables go into a recording, a new one or one of
 this machine.
+
+With --ranks, started by mpiexec, it times sums over the ranks and steps of
+training by 1, 2, 4, … and all of them, and holds a model of the cost against
+the times.
 """
 
 BENCH_EXAMPLES = """\
@@ -93,6 +97,7 @@ examples:
   gpuml bench --peers --sizes 100,512,512,20 --batch 256
   gpuml bench --peers --workload wide --precision tf32 --save mine.json
   gpuml bench --peers --workload population --models 16,64
+  mpiexec -n 4 gpuml bench --ranks --workload wide --precision tf32
 """
 
 EXIT_CODES = """\
@@ -306,19 +311,20 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         "--overwrite", action="store_true", help="replace FILE, results in DIR (off)"
     )
     bench.add_argument("--peers", action="store_true", help="compare with other libraries (off)")
+    bench.add_argument("--ranks", action="store_true", help="compare numbers of ranks (off)")
     bench.add_argument(
         "--workload",
         type=_names,
         metavar="NAMES",
-        help="with --peers: digits, mnist, wide, population, some with commas between them "
-        "(all on a GPU, digits on the CPU)",
+        help="with --peers or --ranks: digits, mnist, wide, population, some with commas between "
+        "them (all on a GPU, digits on the CPU; with --ranks wide on a GPU, mnist on the CPU)",
     )
     bench.add_argument(
         "--sizes",
         type=_sizes,
         metavar="SIZES",
-        help="with --peers: a workload of your own: features, hidden units, classes, as in "
-        "64,128,10 (none)",
+        help="with --peers or --ranks: a workload of your own: features, hidden units, classes, "
+        "as in 64,128,10 (none)",
     )
     bench.add_argument(
         "--batch", type=_positive_int, help="with --sizes: samples in a training step (64)"
@@ -339,7 +345,8 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         "--precision",
         type=_names,
         metavar="NAMES",
-        help="with --peers: float32, tf32, bfloat16 (float32; all for wide on a GPU)",
+        help="with --peers or --ranks: float32, tf32, bfloat16 (float32; for wide on a GPU all, "
+        "with --ranks tf32)",
     )
     return parser, {"train": train, "predict": predict, "doctor": doctor, "bench": bench}
 
@@ -896,9 +903,15 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
+    if options.ranks and options.peers:
+        raise CallError("--peers compares libraries, --ranks numbers of ranks: expected one")
     for name in ("workload", "sizes", "batch", "steps", "models", "precision"):
-        if getattr(options, name) is not None and not options.peers:
-            raise CallError(f"--{name} needs --peers")
+        for_ranks = name not in ("steps", "models")
+        fits = options.peers or (options.ranks and for_ranks)
+        if getattr(options, name) is not None and not fits:
+            raise CallError(f"--{name} needs --peers" + ", or --ranks" * for_ranks)
+    if options.ranks:
+        return _bench_ranks(options)
     return _bench_peers(options) if options.peers else _bench_machine(options)
 
 
@@ -977,6 +990,48 @@ def _bench_peers(options: argparse.Namespace) -> int:
     return DONE if done else FAILED
 
 
+def _bench_ranks(options: argparse.Namespace) -> int:
+    from gpuml.distributed import ranks
+    from gpuml.recordings import record
+    from gpuml.scaling import CostModel, measure_scaling
+
+    if options.output is not None:
+        raise CallError("--output is for pictures, and --ranks draws none: --save keeps its tables")
+    file = None if options.save is None else Path(options.save)
+    with _finding_faults():
+        together = ranks()
+    if together.world_size == 1:
+        raise CallError("--ranks needs more than one: mpiexec -n 2 gpuml bench --ranks")
+
+    def prepare() -> tuple[Device, list[Workload], Recording | None]:
+        with _finding_faults():
+            device = _device(options)
+            chosen = _workloads(options, device)
+            for workload in chosen:
+                if workload.n_models is not None:
+                    raise CallError(f"--workload {workload.name}: ranks train one model")
+            if file is None or together.rank > 0:
+                return device, chosen, None
+            return device, chosen, _older_recording(file, options, device, chosen)
+
+    device, chosen, recording = _on_all_ranks(together, prepare)
+    if together.rank == 0 and file is not None and recording is None:
+        recording = record(device, command=f"gpuml bench --save {file}")
+    command = f"mpiexec -n {together.world_size} gpuml bench --ranks"
+    for workload in chosen:
+        scaling = measure_scaling(workload, together, device=device, command=command)
+        if together.rank > 0:
+            continue
+        print(scaling, CostModel.fit(scaling).check(scaling), sep="\n", end="\n\n", flush=True)
+        if file is not None and recording is not None:
+            recording.scaling[workload.name] = scaling.to_json()
+            try:
+                recording.save(file)
+            except OSError as error:
+                raise RunError(f"cannot write the results: {error}") from None
+    return DONE
+
+
 def _workloads(options: argparse.Namespace, device: Device) -> list[Workload]:
     """Return what the options ask for."""
     from gpuml.workloads import (
@@ -991,9 +1046,12 @@ def _workloads(options: argparse.Namespace, device: Device) -> list[Workload]:
     if options.batch is not None and options.sizes is None:
         raise CallError("--batch needs --sizes: the workloads that have a name have their batches")
     names = options.workload
-    if names is None and options.sizes is None:
-        names = list(WORKLOADS) if device.kind == "gpu" else ["digits"]
     precisions = options.precision or ()
+    if options.ranks and device.kind == "gpu" and names in (None, ["wide"]) and not options.sizes:
+        precisions = precisions or ("tf32",)
+    if names is None and options.sizes is None:
+        on_gpu, on_cpu = (["wide"], ["mnist"]) if options.ranks else (list(WORKLOADS), ["digits"])
+        names = on_gpu if device.kind == "gpu" else on_cpu
     n_models = options.models or ()
     if n_models and options.sizes is None and "population" not in (names or ()):
         raise CallError("--models needs --workload population, or --sizes")
@@ -1025,7 +1083,8 @@ def _older_recording(
             f"--save {file} is of another machine, {recording.device.partition(',')[0]}: "
             "expected a new name, or a recording of this one"
         )
-    there = set(recording.peers.get("workloads", {})) & {workload.name for workload in chosen}
+    tables = recording.scaling if options.ranks else recording.peers.get("workloads", {})
+    there = set(tables) & {workload.name for workload in chosen}
     if there and not options.overwrite:
         raise CallError(f"--save {file} holds {', '.join(sorted(there))}: --overwrite replaces it")
     return recording

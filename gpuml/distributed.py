@@ -10,6 +10,7 @@ from __future__ import annotations
 import atexit
 import json
 import os
+import shutil
 import signal
 import socket
 import stat
@@ -24,6 +25,7 @@ from contextlib import suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, Protocol, TypeVar
 
@@ -90,6 +92,10 @@ class Communicator(Protocol):
         """Fill an array with what another rank sends."""
         ...
 
+    def first(self, n: int) -> Communicator | None:
+        """Return the first n ranks as a communicator of their own; on the others, None."""
+        ...
+
     def end_all(self, error: BaseException) -> None:
         """End all ranks at once, since this one cannot go on and the others would wait for it."""
         ...
@@ -115,6 +121,10 @@ class Alone:
 
     def receive(self, array: Array, rank: int) -> None:
         """Do nothing: there is nobody else."""
+
+    def first(self, n: int) -> Communicator | None:
+        """Return a communicator of this process."""
+        return Alone()
 
     def end_all(self, error: BaseException) -> None:
         """Do nothing: nobody waits."""
@@ -210,6 +220,14 @@ class MpiRanks:
             while not asked.Test():
                 time.sleep(LOOKS)
         self._say_farewell()
+
+    def first(self, n: int) -> Communicator | None:
+        """Return the first n ranks as a communicator of their own; on the others, None."""
+        color = 0 if self.rank < n else self._mpi.UNDEFINED
+        part = self._comm.Split(color, self.rank)
+        if self.rank >= n:
+            return None
+        return Alone() if n == 1 else type(self)(part)
 
     def watch(self) -> None:
         """Let a process on each host say which rank dies without a word, where Linux can tell."""
@@ -312,6 +330,23 @@ def _is_socket(number: int) -> bool:
         return stat.S_ISSOCK(os.fstat(number).st_mode)
     except OSError:
         return False
+
+
+def launcher(n_ranks: int) -> list[str]:
+    """Return the command that starts Python as n ranks; what they are to run comes behind it.
+
+    Raises
+    ------
+    DistributedError
+        If there is no MPI, neither beside Python nor on the path.
+    """
+    beside = Path(sys.executable).parent
+    places = os.pathsep.join([str(beside), os.environ.get("PATH", os.defpath)])
+    mpiexec = shutil.which("mpiexec", path=places)
+    for name, found in (("mpiexec", mpiexec), ("mpi4py", find_spec("mpi4py"))):
+        if found is None:
+            raise DistributedError(f"there is no {name} to start {n_ranks} ranks: {INSTALL}")
+    return [str(mpiexec), "-n", str(n_ranks), sys.executable]
 
 
 @cache
@@ -520,3 +555,142 @@ def together(communicator: Communicator, function: Callable[[], Found]) -> Found
         if text:
             raise DistributedError(f"rank {rank} of {len(every)} cannot go on: {text}")
     return found
+
+
+class _Meeting:
+    """Where simulated ranks meet: each brings a value, and leaves with those of all."""
+
+    def __init__(self, n: int) -> None:
+        self.barrier = threading.Barrier(n)
+        self.brought: list[tuple[str, Any]] = [("", None)] * n
+        self._posts: dict[tuple[int, int], SimpleQueue[Array]] = {}
+
+    def post(self, sender: int, receiver: int) -> SimpleQueue[Array]:
+        """Return what is on its way from one rank to another."""
+        return self._posts.setdefault((sender, receiver), SimpleQueue())
+
+    def exchange(self, rank: int, what: str, value: Any) -> list[Any]:
+        """Return what all ranks brought, by rank, once all have come for the same."""
+        self.brought[rank] = what, value
+        self.barrier.wait()
+        kinds, values = zip(*self.brought, strict=True)
+        self.barrier.wait()  # all have read: the places may be taken again
+        if len(set(kinds)) > 1:
+            other = next(i for i, kind in enumerate(kinds) if kind != kinds[0])
+            raise DistributedError(
+                f"the ranks wait for each other: rank 0 is at {kinds[0]}, rank {other} at "
+                f"{kinds[other]}; all must ask the same, in the same order"
+            )
+        return list(values)
+
+
+class SimulatedRank:
+    """One of several threads that behave like ranks: see :func:`simulate`."""
+
+    def __init__(self, meeting: _Meeting, rank: int) -> None:
+        self._meeting, self.rank = meeting, rank
+        self.world_size = meeting.barrier.parties
+        self.n_threads = max(1, cpu_count() // self.world_size)
+
+    def all_reduce(self, array: Array) -> None:
+        """Replace an array by the sum of those of all ranks, with the same bits on each."""
+        device_of(array).synchronize()
+        first, *others = self._meeting.exchange(self.rank, "all_reduce", array)
+        total = first.copy()
+        for other in others:  # by rank, so that all add in the same order
+            total += other
+        device_of(array).synchronize()
+        self._meeting.exchange(self.rank, "all_reduce", None)  # all have read what they add
+        array[...] = total
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return what all ranks gave, something that JSON can hold, by rank."""
+        texts = self._meeting.exchange(self.rank, "gather", json.dumps(value, default=_plain))
+        return [json.loads(text) for text in texts]
+
+    def send(self, array: Array, rank: int) -> None:
+        """Give a copy of an array to another rank, which must receive it."""
+        self._meeting.post(self.rank, rank).put(array.copy())
+
+    def receive(self, array: Array, rank: int) -> None:
+        """Fill an array with what another rank sends."""
+        post = self._meeting.post(rank, self.rank)
+        while post.empty() and not self._meeting.barrier.broken:
+            time.sleep(LOOKS / 10)
+        if self._meeting.barrier.broken:
+            raise threading.BrokenBarrierError
+        array[...] = post.get()
+
+    def first(self, n: int) -> Communicator | None:
+        """Return the first n ranks as a communicator of their own; on the others, None."""
+        mine = _Meeting(n) if self.rank == 0 else None
+        meeting = self._meeting.exchange(self.rank, "first", mine)[0]
+        if self.rank >= n:
+            return None
+        return Alone() if n == 1 else SimulatedRank(meeting, self.rank)
+
+    def end_all(self, error: BaseException) -> None:
+        """End all ranks at once, since this one cannot go on and the others would wait for it."""
+        self._meeting.barrier.abort()
+
+
+def simulate(n_ranks: int, function: Callable[[Communicator], Any]) -> list[Any]:
+    """Call a function once for each of n ranks, which are threads of this process.
+
+    It needs no MPI, and it is no faster than one process: it is there to see what ranks do.
+
+    Parameters
+    ----------
+    n_ranks : int
+    function : callable
+        ``communicator -> result``. Each rank needs a model of its own.
+
+    Returns
+    -------
+    list
+        The results, by rank.
+
+    Raises
+    ------
+    ValueError
+        If `n_ranks` is less than 1.
+    DistributedError
+        If ranks wait for each other in different places.
+    Exception
+        What a rank raises; the others are ended.
+
+    Examples
+    --------
+    >>> def work(communicator):
+    ...     x = np.array([1.0, communicator.rank])
+    ...     communicator.all_reduce(x)
+    ...     return x.tolist()
+    >>> simulate(3, work)
+    [[3.0, 3.0], [3.0, 3.0], [3.0, 3.0]]
+    """
+    if n_ranks < 1:
+        raise ValueError(f"n_ranks must be a positive integer, got {n_ranks}")
+    meeting = _Meeting(n_ranks)
+    results: list[Any] = [None] * n_ranks
+    errors: list[BaseException] = []
+
+    def work(rank: int) -> None:
+        try:
+            results[rank] = function(SimulatedRank(meeting, rank))
+            meeting.exchange(rank, "its end", None)
+        except BaseException as error:
+            errors.append(error)  # before the others are told
+            meeting.barrier.abort()
+
+    threads = [threading.Thread(target=work, args=(rank,), daemon=True) for rank in range(n_ranks)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        meeting.barrier.abort()  # Ctrl-C, say
+    for error in errors:
+        if not isinstance(error, threading.BrokenBarrierError):
+            raise error
+    return results

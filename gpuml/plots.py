@@ -485,6 +485,102 @@ def time_line(spans: Mapping[str, Any], title: str, axis: Any = None) -> Any:
     return axis.figure
 
 
+def scaling(
+    lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    points: Mapping[str, tuple[Sequence[float], Sequence[float]]],
+    label: str,
+    title: str,
+    axis: Any = None,
+) -> Any:
+    """Draw how well ranks work together against their number: what is said, and what was measured.
+
+    Parameters
+    ----------
+    lines : mapping of str to (ranks, values)
+        What models say.
+    points : mapping of str to (ranks, values)
+        What was measured.
+    label : str
+        What the vertical axis shows. An efficiency has a linear scale from 0, a speed-up a
+        logarithmic one, with a dotted line where p ranks are p times as fast.
+    title : str
+    axis : matplotlib.axes.Axes, optional
+        Where to draw; a new figure unless given.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    axis = _axis(axis)
+    counts = sorted({int(n) for ranks, _ in (*lines.values(), *points.values()) for n in ranks})
+    axis.set_xscale("log", base=2)
+    if "speed-up" in label:
+        axis.plot(counts, counts, ":", color="gray", label="as many times as ranks")
+        axis.set_yscale("log", base=2)
+        axis.yaxis.set_major_formatter(_thousands)
+    for i, (name, (ranks, values)) in enumerate(lines.items()):
+        style = ("-", "--", "-.", (0, (1, 1)))[i % 4]
+        axis.plot(ranks, values, linestyle=style, color=COLORS[i % len(COLORS)], label=name)
+    for i, (name, (ranks, values)) in enumerate(points.items()):
+        marker = {"marker": MARKERS[i % len(MARKERS)], "color": "black", "zorder": 3}
+        axis.plot(ranks, values, linestyle="", label=name, **marker)
+    heights = [value for _, values in (*lines.values(), *points.values()) for value in values]
+    if "speed-up" in label:
+        axis.set_ylim(min(heights) / 1.3, 4 * max(heights))
+    else:
+        axis.set_ylim(0, 1.08 * max(1, *heights))
+    axis.set_xticks([2**i for i in range(0, max(counts).bit_length(), 2)])
+    axis.xaxis.set_major_formatter(_thousands)
+    axis.set_xlabel("ranks")
+    axis.set_ylabel(label)
+    return _finished(axis, title)
+
+
+def _thousands(value: float, _: int) -> str:
+    return f"{value:,g}"
+
+
+def stacked(
+    names: Sequence[str],
+    parts: Mapping[str, Sequence[float]],
+    title: str,
+    axis: Any = None,
+    *,
+    labels: tuple[str, str] = ("ranks", "time of a step [ms]"),
+) -> Any:
+    """Draw of what a time consists, a bar for each case with its parts on top of each other.
+
+    Parameters
+    ----------
+    names : sequence of str
+        The cases, from left to right.
+    parts : mapping of str to sequence of float
+        Seconds in each case, by what they are spent on, from below.
+    title : str
+        What was timed or predicted, and for which device.
+    axis : matplotlib.axes.Axes, optional
+        Where to draw; a new figure unless given.
+    labels : tuple of str
+        What the axes show; heights are in milliseconds.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    axis = _axis(axis)
+    below = np.zeros(len(names))
+    for i, (name, seconds) in enumerate(parts.items()):
+        heights = 1e3 * np.asarray(seconds, float)
+        style = {"color": COLORS[i % len(COLORS)]} | WHITE_EDGE
+        axis.bar(list(names), heights, bottom=below, label=name, **style)
+        below = below + heights
+    axis.set_xlabel(labels[0])
+    axis.set_ylabel(labels[1])
+    axis.set_ylim(0, 1.05 * below.max())
+    axis.set_axisbelow(True)
+    return _finished(axis, title, outside=True)
+
+
 def predictions(
     points: Mapping[str, tuple[Sequence[float], Sequence[float]]], title: str, axis: Any = None
 ) -> Any:

@@ -76,6 +76,9 @@ class Recording:
         What ``gpuml bench --peers`` found: ``workloads``, a table for each name, and
         ``processes``; :meth:`gpuml.peers.PeerTable.from_json` reads a table. Empty if it was not
         asked for.
+    scaling : dict
+        What ``gpuml bench --ranks`` found, a table for each workload;
+        :meth:`gpuml.scaling.Scaling.from_json` reads it. Empty if it was not asked for.
     """
 
     device: str
@@ -92,6 +95,7 @@ class Recording:
     cases: dict[str, dict[str, Measurement]]
     blocked: dict[str, BlockReport] = field(default_factory=dict)
     peers: dict[str, Any] = field(default_factory=dict)
+    scaling: dict[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -262,6 +266,7 @@ def _from_json(table: dict[str, Any]) -> Recording:
         },
         "blocked": {name: BlockReport.from_json(r) for name, r in table.get("blocked", {}).items()},
         "peers": dict(table.get("peers", {})),
+        "scaling": dict(table.get("scaling", {})),
     }
     return Recording(**(table | made))
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from functools import partial
 from pathlib import Path
@@ -153,6 +154,18 @@ def test_what_is_missing_is_named(monkeypatch):
     said = "3 processes .* sees 1: mpiexec belongs to another MPI than that of mpi4py, which is An"
     with pytest.raises(DistributedError, match=said):
         found()
+
+
+@needs_mpi
+def test_the_mpi_beside_python_is_taken(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert distributed.launcher(3) == [str(MPIEXEC), "-n", "3", sys.executable]
+    monkeypatch.setattr(distributed, "find_spec", lambda name: None)
+    with pytest.raises(DistributedError, match="there is no mpi4py to start 3 ranks: pip install"):
+        distributed.launcher(3)
+    monkeypatch.setattr(distributed.sys, "executable", "nowhere/python")
+    with pytest.raises(DistributedError, match="there is no mpiexec to start 3 ranks: pip inst"):
+        distributed.launcher(3)
 
 
 class Pretending(Alone):
@@ -357,6 +370,89 @@ def test_a_rank_that_ended_before_the_watcher_looked_is_named(tmp_path):
     assert len(err.splitlines()) == 1
 
 
+def test_simulated_ranks_talk(device):
+    def work(communicator):
+        rank, n = communicator.rank, communicator.world_size
+        assert communicator.gather({"rank": np.int64(rank)}) == [{"rank": i} for i in range(n)]
+        for _ in range(3):
+            x = device.asarray(np.float32([1, 10**rank, 1e-9]))
+            communicator.all_reduce(x)
+        part = communicator.first(2)
+        assert (part is None) == (rank >= 2)
+        if part is not None:
+            assert (part.rank, part.world_size) == (rank, 2)
+            assert part.gather(rank) == [0, 1]
+        alone = communicator.first(1)
+        assert (alone is None) == (rank > 0)
+        return gpuml.to_host(x).tobytes()
+
+    found = distributed.simulate(3, work)
+    assert len(set(found)) == 1
+    np.testing.assert_allclose(np.frombuffer(found[0], np.float32), [3, 111, 3e-9], rtol=1e-6)
+
+
+def test_a_simulated_rank_adds_in_the_same_order_and_waits_for_the_readers():
+    def work(communicator):
+        x = np.random.default_rng(communicator.rank).normal(size=100_003).astype(np.float32)
+        for _ in range(20):
+            communicator.all_reduce(x)
+            x *= 0.3
+        return x.tobytes()
+
+    assert len(set(distributed.simulate(4, work))) == 1
+
+
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_simulated_ranks_train_the_model_of_one_process(n, rng):
+    X, y = rng.normal(size=(203, 6)).astype(np.float32), rng.integers(3, size=203)
+
+    def work(communicator):
+        model = gpuml.MLP([6, 8, 3], device="cpu")
+        gpuml.train(model, X, y, n_epochs=3, batch_size=50, communicator=communicator)
+        return model.parameters.flat
+
+    expected = work(Alone())
+    first, *others = distributed.simulate(n, work)
+    for other in others:
+        np.testing.assert_array_equal(other, first)
+    assert np.linalg.norm(first - expected) < 1e-4 * np.linalg.norm(expected)
+
+
+def ends_early(communicator):
+    if communicator.rank == 0:
+        return
+    communicator.all_reduce(np.zeros(3))
+
+
+def asks_another(communicator):
+    if communicator.rank == 1:
+        communicator.gather(1)
+    communicator.all_reduce(np.zeros(3))
+
+
+def raises(communicator):
+    if communicator.rank == 2:
+        raise OSError("the disk is full")
+    communicator.all_reduce(np.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("work", "error", "said"),
+    [
+        (ends_early, DistributedError, "rank 0 is at its end, rank 1 at all_reduce"),
+        (asks_another, DistributedError, "rank 0 is at all_reduce, rank 1 at gather"),
+        (raises, OSError, "the disk is full"),
+    ],
+)
+def test_simulated_ranks_do_not_wait_forever(work, error, said):
+    before = threading.active_count()
+    with pytest.raises(error, match=said):
+        distributed.simulate(3, work)
+    assert threading.active_count() == before
+    with pytest.raises(ValueError, match="n_ranks must be a positive integer, got 0"):
+        distributed.simulate(0, work)
+
+
 # --- by mpiexec --------------------------------------------------------------------------------
 
 CASES = """
@@ -473,6 +569,14 @@ for n in (1, 1000, 100_003):
     r.all_reduce(x)
     np.testing.assert_allclose(x, every, rtol=1e-4, atol=1e-5)
     assert len({v for v in r.gather(x.tobytes().hex()[:2000] + str(hash(x.tobytes())))}) == 1
+for n in range(1, r.world_size + 1):
+    part = r.first(n)
+    assert (part is None) == (r.rank >= n)
+    if part is not None:
+        assert (part.rank, part.world_size) == (r.rank, n)
+        x = np.ones(5)
+        part.all_reduce(x)
+        assert x.tolist() == [n] * 5
 """
 
 

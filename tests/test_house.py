@@ -32,7 +32,7 @@ FLOORS = [
     | {"gradients", "regression", "checkpoints", "buckets"},
     {"cpu_populations", "population_runs", "populations", "searches"}
     | {"cpu_layers", "one_pass", "fused", "fused_populations", "steps", "training"},
-    {"doctor", "recordings", "rivals", "workloads", "peers", "cli", "__main__"},
+    {"doctor", "recordings", "rivals", "workloads", "peers", "scaling", "cli", "__main__"},
 ]
 # On one floor, a module may use those to its left.
 NEIGHBOURS = [("errors", "devices"), ("devices", "kernels"), ("errors", "kernels")]
@@ -57,6 +57,7 @@ NEIGHBOURS += [("models", "gradients"), ("models", "regression")]
 NEIGHBOURS += [("doctor", "cli"), ("recordings", "cli"), ("cli", "__main__")]
 NEIGHBOURS += [("rivals", "workloads"), ("rivals", "peers"), ("workloads", "peers")]
 NEIGHBOURS += [("workloads", "cli"), ("peers", "cli")]
+NEIGHBOURS += [("workloads", "scaling"), ("scaling", "cli")]
 HEAVY = {"cupy", "cupyx", "matplotlib", "mpi4py", "numba"} | {
     "jax",
     "safetensors",

@@ -16,6 +16,7 @@ import os
 import statistics
 import time
 from contextlib import nullcontext
+from itertools import pairwise
 
 import numpy as np
 from mpi4py import MPI
@@ -64,7 +65,7 @@ def ddp(group, p, X, y, batch_size, precision):
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     start = gpuml.MLP(SIZES, seed=0, device="cpu").parameters
     layers = []
-    for n_in, n_out in zip(SIZES[:-1], SIZES[1:], strict=True):
+    for n_in, n_out in pairwise(SIZES):
         layers += [torch.nn.Linear(n_in, n_out), torch.nn.ReLU()]
     bare = torch.nn.Sequential(*layers[:-1]).to(device)
     starts = [
