@@ -49,6 +49,7 @@ class Buckets(Parameters):
         super().__init__(self.sums[:-1], parameters.shapes)
         self._communicator = communicator
         self._stream: Any = None
+        self._mean = False
         on_gpu = device.kind == "gpu"
         # A CPU has nobody to carry messages while it computes.
         least = bucket_bytes // self.sums.itemsize if on_gpu else self.sums.size
@@ -58,14 +59,15 @@ class Buckets(Parameters):
         self._missing: list[int] = []  # of each bucket; empty unless sums are wanted
         if on_gpu:
             cuda = device.xp.cuda
-            self._stream = cuda.Stream(non_blocking=True)
+            self._stream = _urgent_stream(cuda)
             self._written, self._added = (
                 [cuda.Event(disable_timing=True) for _ in names] for _ in range(2)
             )
 
-    def begin(self, loss: Array) -> None:
-        """Note the loss; from now on gradients that are written are added up."""
+    def begin(self, loss: Array, *, mean: bool = False) -> None:
+        """Note the loss; from now on gradients that are written are added up, or averaged."""
         self.sums[-1:] = loss
+        self._mean = mean
         self._missing = list(self._sizes)
 
     def written(self, *names: str) -> None:
@@ -82,7 +84,7 @@ class Buckets(Parameters):
     def added(self) -> Iterator[int]:
         """Yield the number of each bucket once work queued from then on sees its sums."""
         if self._stream is None:
-            self._communicator.all_reduce(self.sums)
+            self._communicator.all_reduce(self.sums, mean=self._mean)
             self._missing = []
             yield from range(len(self.slices))
             return
@@ -106,12 +108,17 @@ class Buckets(Parameters):
         cupy.cuda.get_current_stream().record(self._written[bucket])
         self._stream.wait_event(self._written[bucket])
         with self._stream:
-            self._communicator.all_reduce(self.sums[part.start : stop])
+            self._communicator.all_reduce(self.sums[part.start : stop], mean=self._mean)
             self._stream.record(self._added[bucket])
 
     def part(self, bucket: int) -> Parameters:
         """Return the gradients in a bucket."""
         return part_of(self, self.slices[bucket])
+
+
+def _urgent_stream(cuda: Any) -> Any:
+    """Return a stream whose kernels go before those that wait elsewhere for a place."""
+    return cuda.Stream(non_blocking=True, priority=-5)  # CUDA takes the highest there is
 
 
 def part_of(parameters: Parameters, part: slice) -> Parameters:

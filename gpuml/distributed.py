@@ -73,8 +73,8 @@ class Communicator(Protocol):
     world_size: int
     n_threads: int
 
-    def all_reduce(self, array: Array) -> None:
-        """Replace an array by the sum of those of all ranks, with the same bits on each.
+    def all_reduce(self, array: Array, *, mean: bool = False) -> None:
+        """Replace an array by the sum, or the mean, of those of all ranks: the same bits on each.
 
         One of a GPU will be: that is queued on the current stream.
         """
@@ -109,7 +109,7 @@ class Alone:
     def __init__(self) -> None:
         self.n_threads = cpu_count()
 
-    def all_reduce(self, array: Array) -> None:
+    def all_reduce(self, array: Array, *, mean: bool = False) -> None:
         """Leave an array as it is."""
 
     def gather(self, value: Any) -> list[Any]:
@@ -151,7 +151,7 @@ class MpiRanks:
         self.n_threads = fair_share(here.allgather(sorted(processors())), here.rank)
         here.Free()
 
-    def all_reduce(self, array: Array) -> None:
+    def all_reduce(self, array: Array, *, mean: bool = False) -> None:
         """Replace an array by the sum of those of all ranks, with the same bits on each.
 
         Parameters
@@ -159,6 +159,8 @@ class MpiRanks:
         array : numpy.ndarray or cupy.ndarray
             C-contiguous, of the same shape and type on all ranks. One of a GPU is added up by
             NCCL, on the current stream; nothing waits for it.
+        mean : bool
+            Whether the sum is divided by the number of ranks.
 
         Raises
         ------
@@ -168,9 +170,11 @@ class MpiRanks:
         if device_of(array).kind == "gpu":
             if self._nccl is None:
                 self._nccl = Nccl(self.rank, self.world_size, self.gather)
-            self._nccl.all_reduce(array)
+            self._nccl.all_reduce(array, mean=mean)
             return
         self._comm.Allreduce(self._mpi.IN_PLACE, array)
+        if mean:
+            array /= self.world_size
 
     def gather(self, value: Any) -> list[Any]:
         """Return what all ranks gave, something that JSON can hold, by rank."""
@@ -592,7 +596,7 @@ class SimulatedRank:
         self.world_size = meeting.barrier.parties
         self.n_threads = max(1, cpu_count() // self.world_size)
 
-    def all_reduce(self, array: Array) -> None:
+    def all_reduce(self, array: Array, *, mean: bool = False) -> None:
         """Replace an array by the sum of those of all ranks, with the same bits on each."""
         device_of(array).synchronize()
         first, *others = self._meeting.exchange(self.rank, "all_reduce", array)
@@ -601,7 +605,7 @@ class SimulatedRank:
             total += other
         device_of(array).synchronize()
         self._meeting.exchange(self.rank, "all_reduce", None)  # all have read what they add
-        array[...] = total
+        array[...] = total / self.world_size if mean else total
 
     def gather(self, value: Any) -> list[Any]:
         """Return what all ranks gave, something that JSON can hold, by rank."""

@@ -11,7 +11,7 @@ from gpuml.errors import DistributedError
 
 # NCCL's numbers for element types, by NumPy's names.
 TYPES = {"int32": 2, "int64": 4, "float16": 6, "float32": 7, "float64": 8, "bfloat16": 9}
-SUM = 0
+SUM, MEAN = 0, 4
 
 
 class Nccl:
@@ -51,15 +51,17 @@ class Nccl:
                     "be seen: NCCL needs one for each rank. Start fewer ranks, or train on CPUs: "
                     "GPUML_DEVICE=cpu"
                 )
-        self._comm = nccl.NcclCommunicator(world_size, tuple(told[0][-1]), rank)
+        self._comm = nccl.NcclCommunicator(world_size, bytes(told[0][-1]), rank)
 
-    def all_reduce(self, array: Array) -> None:
+    def all_reduce(self, array: Array, *, mean: bool = False) -> None:
         """Queue on the current stream that an array becomes the sum of those of all ranks.
 
         Parameters
         ----------
         array : cupy.ndarray
             C-contiguous, of the same shape and type on all ranks.
+        mean : bool
+            Whether the sum is divided by the number of ranks.
 
         Raises
         ------
@@ -72,7 +74,8 @@ class Nccl:
         if number is None or not array.flags.c_contiguous:
             raise TypeError(f"cannot add up {array.dtype} over GPUs, or the array has gaps")
         place = array.data.ptr
-        self._comm.allReduce(place, place, array.size, number, SUM, get_current_stream().ptr)
+        kind, stream = MEAN if mean else SUM, get_current_stream().ptr
+        self._comm.allReduce(place, place, array.size, number, kind, stream)
 
 
 def _ranks(numbers: list[int]) -> str:

@@ -175,7 +175,6 @@ class RankStep(EagerStep):
         read_once: bool = False,
     ) -> None:
         self._communicator, self._read_once = communicator, read_once
-        self._share = 1.0  # of the rows of the running batch
         super().__init__(model, loss, optimizer, precision)
         if read_once:
             self.engine = "one_pass"
@@ -186,22 +185,23 @@ class RankStep(EagerStep):
 
     def __call__(self, x: Array, y: Array, n_rows: int | None = None) -> Array:
         """Take a step on this rank's rows of a batch, which has so many on all ranks."""
-        self._share = len(x) / (n_rows or len(x))
+        n_rows = n_rows or len(x)
+        alike = n_rows % self._communicator.world_size == 0  # all have as many
+        weight = 1 if alike else len(x) / n_rows
         sums = self._gradients.sums
-        whole_at_once = self._read_once or self._on_cpu is not None or not len(x)
         if not len(x):
             sums[...] = 0
-            value = sums[-1]
-        elif whole_at_once:
-            value = self._gradient(x, y) * self._share
-            sums *= self._share
+            self._gradients.begin(sums[-1], mean=alike)
+        elif self._read_once or self._on_cpu is not None:
+            value = self._gradient(x, y)
+            self._gradients.begin(value, mean=alike)
+            if not alike:
+                sums *= weight
         else:
             predictions, backward = self._forward(x)
             value, d_predictions = self._loss(predictions, y)
-            value = value * self._share
-        self._gradients.begin(value)
-        if not whole_at_once:
-            backward(d_predictions * self._share, self._gradients)
+            self._gradients.begin(value if alike else value * weight, mean=alike)
+            backward(d_predictions if alike else d_predictions * weight, self._gradients)
         self._update()
         return sums[-1]
 

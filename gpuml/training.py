@@ -383,7 +383,7 @@ class _Run:
         """Train epoch by epoch."""
         looked = time.monotonic()
         each = self.held_out is not None or self.checkpoint is not None
-        each |= self.communicator.world_size > 1  # all of them find a fault in the same epoch
+        pause = _Pause(self.communicator)
         for epoch in range(len(self.history) + 1, n_epochs + 1):
             if self._out_of_patience():
                 break
@@ -394,10 +394,15 @@ class _Run:
                 row["learning_rate"] = float(self.base_rate) * factor
             self._one_epoch(bar)
             self._note(row)
-            if each or time.monotonic() - looked > HEARTBEAT / 5:
+            if self.share is None:
+                due = time.monotonic() - looked > HEARTBEAT / 5
+            else:
+                due = pause.is_over()
+            if each or due:
                 self.look(bar)
                 looked = time.monotonic()
-            self.ctrl_c.look()
+            if due:
+                self.ctrl_c.look()
         self.look(bar)
 
     def _one_epoch(self, bar: ProgressBar) -> None:
@@ -539,6 +544,28 @@ class _Run:
             "best": self.best and self.best[:2],
         }
         return {name: to_host(array) for name, array in arrays.items()}, state
+
+
+class _Pause:
+    """When ranks look how they stand: now and then, and all of them after the same epoch.
+
+    To look is to wait for the device, which then waits for the host.
+    """
+
+    def __init__(self, communicator: Communicator) -> None:
+        self._communicator = communicator
+        self._begin, self._n, self._after = time.monotonic(), 0, 1
+
+    def is_over(self) -> bool:
+        """Count an epoch; return whether it is time to look."""
+        self._n += 1
+        if self._n < self._after:
+            return False
+        now = time.monotonic()
+        slowest = max(self._communicator.gather(now - self._begin))
+        self._after = max(1, min(2 * self._after, int(self._n * HEARTBEAT / max(slowest, 1e-9))))
+        self._begin, self._n = now, 0
+        return True
 
 
 @dataclass

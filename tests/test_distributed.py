@@ -230,7 +230,7 @@ def test_ctrl_c_of_one_rank_is_no_training_interrupted(rng):
         def gather(self, value):
             return [value] * 2
 
-        def all_reduce(self, array):
+        def all_reduce(self, array, *, mean=False):
             looks.append(array.shape)
             if looks.count((1,)) == 3:  # the last look, after the second epoch's
                 looks.clear()
@@ -256,12 +256,12 @@ class Keeping(Pretending):
         super().__init__(rank, world_size)
         self.sums = []
 
-    def all_reduce(self, array):
-        self.sums.append(gpuml.to_host(array).copy())
+    def all_reduce(self, array, *, mean=False):
+        self.sums.append(gpuml.to_host(array) / (self.world_size if mean else 1))
 
 
 @pytest.mark.parametrize("read_once", [False, True])
-@pytest.mark.parametrize("n", [1, 3, 30])
+@pytest.mark.parametrize("n", [1, 3, 28, 30])
 def test_a_rank_adds_its_share_of_the_gradient(device, rng, n, read_once):
     """The sum over pretended ranks is the gradient of the whole batch; empty shares count 0."""
     X, y = rng.normal(size=(n, 5)), rng.integers(3, size=n)
@@ -307,7 +307,7 @@ def test_a_step_by_buckets_is_a_step(device, rng, monkeypatch, optimizer, bucket
     np.testing.assert_allclose(said[1], said[0], rtol=1e-12)
     sent = keeping.sums[-len(keeping.sums) // 3 :]
     assert sum(map(len, sent)) == model.n_parameters + 1
-    np.testing.assert_allclose(sent[0][-1], said[0][-1], rtol=1e-12)
+    assert any(np.isclose(part[-1], said[0][-1], rtol=1e-12) for part in sent), "the loss is there"
     if device.kind == "gpu":
         assert len(sent) == {1: 6, 1000: 2, 10**6: 1}[bucket_bytes]
 

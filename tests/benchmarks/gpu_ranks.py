@@ -25,9 +25,23 @@ import gpuml
 from gpuml import buckets, distributed
 
 SIZES, BATCH, N_STEPS, MOMENTUM, RATE = (1024, 4096, 4096, 1000), 4096, 16, 0.9, 0.02
-SHORT, LONG, ROUNDS = 2, 8, 3
+SHORT, LONG, ROUNDS = 4, 36, 3
 
 WORLD = MPI.COMM_WORLD
+
+
+class Silent:
+    """Ranks that add nothing up, to see what sums cost."""
+
+    def __init__(self, communicator):
+        self._others = communicator
+        self.rank, self.world_size = communicator.rank, communicator.world_size
+        self.n_threads, self.gather = communicator.n_threads, communicator.gather
+        self.end_all = communicator.end_all
+
+    def all_reduce(self, array, *, mean=False):
+        if isinstance(array, np.ndarray):
+            self._others.all_reduce(array, mean=mean)
 
 
 def problem(n_rows):
@@ -132,7 +146,12 @@ def measured(p, batch_size, options, groups):
     if options.more:
         sides["gpuml graph"] = ours(communicator, *data, "graph")
         if p > 1:
+            rows = len(X) // p
             sides["gpuml in one bucket"] = None
+            sides["gpuml without sums"] = ours(Silent(communicator), *data)
+            sides["gpuml each alone"] = ours(
+                distributed.Alone(), X[:rows], y[:rows], batch_size // p, options.precision
+            )
     if groups:
         sides["PyTorch DDP" if p > 1 else "PyTorch"] = ddp(groups[p], p, *data)
     times, losses = {name: [] for name in sides}, {}
@@ -146,6 +165,8 @@ def measured(p, batch_size, options, groups):
             buckets.Buckets.__init__.__defaults__ = usual
             if i:  # after a round to warm up
                 times[name].append(seconds)
+    for name in ("gpuml without sums", "gpuml each alone"):
+        losses.pop(name, None)
     spread = max(losses.values()) - min(losses.values())
     assert spread < (0.05 if options.precision == "bfloat16" else 0.005), losses
     return {name: statistics.median(each) for name, each in times.items()}
