@@ -29,11 +29,20 @@ class Buckets(Parameters):
     communicator : Communicator
     bucket_bytes : int
         Least size of a bucket.
+    apart : bool
+        Whether gradients of the ranks may stay apart, to be added by who uses them: they are
+        fetched by copies then, where GPUs can do so.
 
     Attributes
     ----------
     sums : array of shape (n_parameters + 1,)
         All gradients, and the loss.
+    addends : list of array
+        What makes the sums: that array alone, or those of all ranks.
+    divisor : int
+        By which the sum of the addends is to be divided.
+    under_way : bool
+        Whether other ranks may be reading these gradients.
     slices : list of slice
         The parameters of each bucket, the last layers' first.
     """
@@ -43,13 +52,25 @@ class Buckets(Parameters):
         parameters: Parameters,
         communicator: Communicator,
         bucket_bytes: int = BUCKET_BYTES,
+        *,
+        apart: bool = False,
     ) -> None:
         device = device_of(parameters.flat)
-        self.sums = device.xp.zeros(parameters.flat.size + 1, parameters.flat.dtype)
+        n, dtype = parameters.flat.size + 1, parameters.flat.dtype
+        self.divisor = 1
+        self._peers = None
+        if apart and device.kind == "gpu":
+            self._peers = communicator.peer_copies(n * dtype.itemsize)
+        if self._peers is None:
+            self.sums = device.xp.zeros(n, dtype)
+            self.addends = [self.sums]
+        else:
+            self.addends = self._peers.arrays(n, dtype)
+            self.sums = self.addends[communicator.rank]
         super().__init__(self.sums[:-1], parameters.shapes)
         self._communicator = communicator
         self._stream: Any = None
-        self._mean = False
+        self._mean = self.under_way = False
         on_gpu = device.kind == "gpu"
         # A CPU has nobody to carry messages while it computes.
         least = bucket_bytes // self.sums.itemsize if on_gpu else self.sums.size
@@ -64,8 +85,17 @@ class Buckets(Parameters):
                 [cuda.Event(disable_timing=True) for _ in names] for _ in range(2)
             )
 
+    def make_free(self) -> None:
+        """Wait, on the device, until nobody reads these gradients any more."""
+        if self._peers is not None and self.under_way:
+            self._peers.wait_until_taken(len(self.slices), self._current())
+        self.under_way = False
+
     def begin(self, loss: Array, *, mean: bool = False) -> None:
         """Note the loss; from now on gradients that are written are added up, or averaged."""
+        self.make_free()
+        if self._peers is not None:
+            self.divisor = self._communicator.world_size if mean else 1
         self.sums[-1:] = loss
         self._mean = mean
         self._missing = list(self._sizes)
@@ -88,32 +118,42 @@ class Buckets(Parameters):
             self._missing = []
             yield from range(len(self.slices))
             return
-        import cupy
-
         for bucket, missing in enumerate(self._missing):
             if missing:  # a model of one's own need not say what it has written
                 self._send(bucket)
         self._missing = []
-        compute = cupy.cuda.get_current_stream()
+        compute = self._current()
+        self.under_way = True
         for bucket, event in enumerate(self._added):
             compute.wait_event(event)
             yield bucket
 
     def _send(self, bucket: int) -> None:
-        import cupy
-
         self._missing[bucket] = 0
         part = self.slices[bucket]
         stop = part.stop + (bucket == 0)  # the loss
-        cupy.cuda.get_current_stream().record(self._written[bucket])
+        self._current().record(self._written[bucket])
         self._stream.wait_event(self._written[bucket])
-        with self._stream:
-            self._communicator.all_reduce(self.sums[part.start : stop], mean=self._mean)
-            self._stream.record(self._added[bucket])
+        if self._peers is not None:
+            size = self.sums.itemsize
+            self._peers.exchange(bucket, part.start * size, stop * size, self._stream)
+        else:
+            with self._stream:
+                self._communicator.all_reduce(self.sums[part.start : stop], mean=self._mean)
+        self._stream.record(self._added[bucket])
 
-    def part(self, bucket: int) -> Parameters:
-        """Return the gradients in a bucket."""
-        return part_of(self, self.slices[bucket])
+    def loss(self) -> Array:
+        """Return the loss on all ranks, once the first bucket is there."""
+        total = self.addends[0][-1]
+        for more in self.addends[1:]:
+            total = total + more[-1]
+        return total / self.divisor if self.divisor > 1 else total
+
+    @staticmethod
+    def _current() -> Any:
+        import cupy
+
+        return cupy.cuda.get_current_stream()
 
 
 def _urgent_stream(cuda: Any) -> Any:

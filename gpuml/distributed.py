@@ -27,13 +27,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import numpy as np
 
 from gpuml.devices import Array, cpu_count, device_of, processors
 from gpuml.errors import DistributedError as DistributedError  # as others know it
 from gpuml.nccl import Nccl
+from gpuml.peer_copies import MOST_RANKS, PeerCopies
 
 # In which launchers tell each process how many there are: MPICH, its relatives and Slurm (srun
 # --mpi=pmi2), Open MPI, MVAPICH. By PMIx (srun --mpi=pmix) each is only told its number, and Slurm
@@ -84,6 +85,10 @@ class Communicator(Protocol):
         """Return what all ranks gave, something that JSON can hold, by rank."""
         ...
 
+    def peer_copies(self, n_bytes: int) -> PeerCopies | None:
+        """Return memory of all ranks' GPUs that each can read; None where that cannot be."""
+        ...
+
     def send(self, array: Array, rank: int) -> None:
         """Give an array to another rank, which must receive it."""
         ...
@@ -116,6 +121,10 @@ class Alone:
         """Return what this process gave."""
         return [value]
 
+    def peer_copies(self, n_bytes: int) -> PeerCopies | None:
+        """Return None: there is nobody else."""
+        return None
+
     def send(self, array: Array, rank: int) -> None:
         """Do nothing: there is nobody else."""
 
@@ -147,6 +156,7 @@ class MpiRanks:
         self.rank, self.world_size = int(comm.rank), int(comm.size)
         self._process, self._farewell = os.getpid(), Path(os.devnull)
         self._nccl: Nccl | None = None  # when the first array of a GPU comes
+        self._peers: PeerCopies | Literal[False] | None = None
         here = comm.Split_type(MPI.COMM_TYPE_SHARED)
         self.n_threads = fair_share(here.allgather(sorted(processors())), here.rank)
         here.Free()
@@ -187,6 +197,24 @@ class MpiRanks:
         self._asking.Allgatherv(text, [texts, sizes])
         ends = np.cumsum(sizes)
         return [json.loads(part.tobytes()) for part in np.split(texts, ends[:-1])]
+
+    def peer_copies(self, n_bytes: int) -> PeerCopies | None:
+        """Return memory of all ranks' GPUs that each can read; None where that cannot be.
+
+        It is kept for the next who asks for no more; what it held before is forgotten.
+        """
+        if self.world_size > MOST_RANKS or self._peers is False:
+            return None
+        if self._peers is None or self._peers.n_bytes < n_bytes:
+            if self._peers is not None:
+                self._peers.close()
+                self.gather(None)
+            self._peers = None  # the memory is given back before more is taken
+            found = PeerCopies(self.rank, self.world_size, self.gather, n_bytes)
+            self._peers = found if found.works else False
+        else:
+            self._peers.begin_anew()
+        return self._peers or None
 
     def send(self, array: Array, rank: int) -> None:
         """Give an array of NumPy's, C-contiguous and below 2 GiB, to a rank that receives it."""
@@ -611,6 +639,10 @@ class SimulatedRank:
         """Return what all ranks gave, something that JSON can hold, by rank."""
         texts = self._meeting.exchange(self.rank, "gather", json.dumps(value, default=_plain))
         return [json.loads(text) for text in texts]
+
+    def peer_copies(self, n_bytes: int) -> PeerCopies | None:
+        """Return None: threads see the same memory."""
+        return None
 
     def send(self, array: Array, rank: int) -> None:
         """Give a copy of an array to another rank, which must receive it."""

@@ -7,6 +7,7 @@ one after the other is fused here.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -216,16 +217,20 @@ def quadratic_loss(
 
 def gradient_descent(
     parameters: Array,
-    gradient: Array,
+    gradients: Sequence[Array],
     velocity: Array | None,
     state: dict[str, Array],
     rounded: Array | None = None,
+    *,
+    divisor: int = 1,
 ) -> None:
     """Take a step of :class:`gpuml.GradientDescent` in place.
 
     Parameters
     ----------
-    parameters, gradient, velocity : cupy.ndarray of the same shape
+    parameters, velocity : cupy.ndarray of the same shape
+    gradients : sequence of cupy.ndarray
+        Whose sum over `divisor` is the gradient.
     state : dict of str to cupy.ndarray
     rounded : cupy.ndarray of bfloat16, optional
         Gets the parameters, rounded.
@@ -233,7 +238,8 @@ def gradient_descent(
     decays = "weight_decay" in state
     names = ["T rate", "T momentum"] if velocity is not None else ["T rate"]
     arrays = [state["learning_rate"], *([state["momentum"]] if velocity is not None else [])]
-    step = "T s = g;"
+    summed, step = _summed(len(gradients), divisor)
+    step += "T s = g;"
     if decays:
         names += ["T decay", "T decaying"]
         arrays += [state["weight_decay"], state["decaying"]]
@@ -241,8 +247,8 @@ def gradient_descent(
     if velocity is not None:
         step += "s = v = momentum * v + s;"
     outputs = "T p, T v" if velocity is not None else "T p"
-    kernel = _update(", ".join(["T g", *names]), outputs, f"{step} p -= rate * s;", rounded)
-    kernel(gradient, *arrays, parameters, *(() if velocity is None else (velocity,)))
+    kernel = _update(", ".join([summed, *names]), outputs, f"{step} p -= rate * s;", rounded)
+    kernel(*gradients, *arrays, parameters, *(() if velocity is None else (velocity,)))
 
 
 def adam_powers(state: dict[str, Array]) -> None:
@@ -253,30 +259,47 @@ def adam_powers(state: dict[str, Array]) -> None:
 
 
 def adam(
-    parameters: Array, gradient: Array, state: dict[str, Array], rounded: Array | None = None
+    parameters: Array,
+    gradients: Sequence[Array],
+    state: dict[str, Array],
+    rounded: Array | None = None,
+    *,
+    divisor: int = 1,
 ) -> None:
     """Change parameters by a step of :class:`gpuml.Adam` in place, once it is counted.
 
     Parameters
     ----------
-    parameters, gradient : cupy.ndarray of the same shape
+    parameters : cupy.ndarray
+    gradients : sequence of cupy.ndarray
+        Whose sum over `divisor` is the gradient.
     state : dict of str to cupy.ndarray
     rounded : cupy.ndarray of bfloat16, optional
         Gets the parameters, rounded.
     """
-    names = "T g, T rate, T b1, T b2, T epsilon, T p1, T p2"
+    summed, step = _summed(len(gradients), divisor)
+    names = f"{summed}, T rate, T b1, T b2, T epsilon, T p1, T p2"
     rates = ["learning_rate", "beta1", "beta2", "epsilon", "beta1_power", "beta2_power"]
-    step = ""
     if "weight_decay" in state:
         names += ", T decay, T decaying"
         rates += ["weight_decay", "decaying"]
-        step = "p -= rate * decay * decaying * p;"
+        step += "p -= rate * decay * decaying * p;"
     step += (
         "m = m * b1 + g * (1 - b1); v = v * b2 + g * g * (1 - b2);"
         "p -= m / (sqrt(v) / sqrt(1 - p2) + epsilon) * (rate / (1 - p1));"
     )
     kernel = _update(names, "T p, T m, T v", step, rounded)
-    kernel(gradient, *(state[name] for name in rates), parameters, state["m"], state["v"])
+    kernel(*gradients, *(state[name] for name in rates), parameters, state["m"], state["v"])
+
+
+@cache
+def _summed(n: int, divisor: int) -> tuple[str, str]:
+    """Return the inputs and the beginning of a kernel that adds up n gradients as g."""
+    if n == 1 and divisor == 1:
+        return "T g", ""
+    names = [f"T g{i}" for i in range(n)]
+    total = " + ".join(f"g{i}" for i in range(n))
+    return ", ".join(names), f"T g = ({total}) / T({divisor});"
 
 
 def all_finite(x: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Protocol, TypeAlias
 
 import numpy as np
@@ -91,20 +92,26 @@ class GradientDescent:
     def update(self, parameters: Parameters, gradients: Parameters, state: State) -> None:
         """Take one step in place."""
         self.advance(state)
-        self.move(parameters, gradients, state)
+        self.move(parameters, [gradients.flat], state)
 
     def advance(self, state: State) -> None:
         """Count a step: there is nothing to count."""
 
-    def move(self, parameters: Parameters, gradients: Parameters, state: State) -> None:
-        """Change parameters, or some of them with their part of the state, by a step counted."""
-        xp = array_module(parameters.flat, gradients.flat)
+    def move(
+        self, parameters: Parameters, gradients: Sequence[Array], state: State, divisor: int = 1
+    ) -> None:
+        """Change parameters, or some of them with their part of the state, by a step counted.
+
+        The gradient is the sum of several vectors, divided; on a CPU it is one vector.
+        """
+        xp = array_module(parameters.flat, *gradients)
         if fused(xp):
             rounded = parameters.rounded and parameters.rounded.flat
             velocity = state.get("velocity")
-            gpu_layers.gradient_descent(parameters.flat, gradients.flat, velocity, state, rounded)
+            vectors = parameters.flat, gradients, velocity
+            gpu_layers.gradient_descent(*vectors, state, rounded, divisor=divisor)
             return
-        direction, step = gradients.flat, state["step"]
+        (direction,), step = gradients, state["step"]
         if "weight_decay" in state:
             xp.multiply(state["decaying"], state["weight_decay"], out=step)
             step *= parameters.flat
@@ -203,7 +210,7 @@ class Adam:
     def update(self, parameters: Parameters, gradients: Parameters, state: State) -> None:
         """Take one step in place."""
         self.advance(state)
-        self.move(parameters, gradients, state)
+        self.move(parameters, [gradients.flat], state)
 
     def advance(self, state: State) -> None:
         """Count a step: the powers of β₁ and β₂."""
@@ -213,14 +220,19 @@ class Adam:
         state["beta1_power"] *= state["beta1"]
         state["beta2_power"] *= state["beta2"]
 
-    def move(self, parameters: Parameters, gradients: Parameters, state: State) -> None:
-        """Change parameters, or some of them with their part of the state, by a step counted."""
-        xp = array_module(parameters.flat, gradients.flat)
+    def move(
+        self, parameters: Parameters, gradients: Sequence[Array], state: State, divisor: int = 1
+    ) -> None:
+        """Change parameters, or some of them with their part of the state, by a step counted.
+
+        The gradient is the sum of several vectors, divided; on a CPU it is one vector.
+        """
+        xp = array_module(parameters.flat, *gradients)
         if fused(xp):
             rounded = parameters.rounded and parameters.rounded.flat
-            gpu_layers.adam(parameters.flat, gradients.flat, state, rounded)
+            gpu_layers.adam(parameters.flat, gradients, state, rounded, divisor=divisor)
             return
-        gradient, m, v, step = gradients.flat, state["m"], state["v"], state["step"]
+        (gradient,), m, v, step = gradients, state["m"], state["v"], state["step"]
         if "weight_decay" in state:
             rate = state["learning_rate"] * state["weight_decay"]
             xp.multiply(state["decaying"], rate, out=step)

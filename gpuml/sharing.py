@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import mmap
 import os
 import secrets
 import socket
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +37,7 @@ SAMPLES = 8  # rows, and columns, in which operands are compared
 MESSAGE_BYTES = 64 * 2**20
 LOOKS, PAUSE = 5, 0.2  # network file systems may show a new file late; seconds
 TOKEN_BYTES = 16
+PIECE_BYTES, TAKERS, POPULATE_WRITE = 16 * 2**20, 4, 23  # the last is Linux's number
 
 # File systems that keep what several hosts have mapped alike, page for page. On the others, NFS
 # among them, a host writes back whole pages, with what it has not seen of other hosts' rows.
@@ -295,11 +299,14 @@ class OnFirst:
 
     def part(self, rows: slice, columns: slice) -> Array:
         """Return where this rank has to write its part."""
+        if self._shared is not None and (self._ranks.rank > 0 or self._out is self._shared):
+            part = self._shared[rows, columns]
+            if part.flags.c_contiguous:
+                take_pages(part)
+            return part
         if self._ranks.rank == 0:
             assert self._out is not None
             return self._out[rows, columns]
-        if self._shared is not None:
-            return self._shared[rows, columns]
         return np.empty((rows.stop - rows.start, columns.stop - columns.start), self._dtype)
 
     def bring(self, part: Array, rows: slice, columns: slice) -> Array | None:
@@ -341,6 +348,27 @@ def _copy(to: Array, source: Array, n_threads: int) -> None:
 
     with ThreadPoolExecutor(n_threads) as pool:
         list(pool.map(copy, _pieces(to)))
+
+
+def take_pages(x: Array) -> None:
+    """Let threads ask for the pages of shared memory, where Linux can: it gives them one by one.
+
+    A product on a GPU would else wait for them at the end. Nobody waits for these threads.
+    """
+    call = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
+    if call is None:
+        return
+    call.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
+    begin = -(-x.ctypes.data // mmap.PAGESIZE) * mmap.PAGESIZE
+    end = (x.ctypes.data + x.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    pieces = iter(range(begin, end, PIECE_BYTES))
+
+    def take(memory: Array) -> None:  # which holds the pages
+        for place in pieces:
+            call(place, min(PIECE_BYTES, end - place), POPULATE_WRITE)
+
+    for _ in range(TAKERS if end - begin > PIECE_BYTES else 0):
+        threading.Thread(target=take, args=(x,), daemon=True).start()
 
 
 def shared_memory(communicator: Communicator, n_bytes: int) -> mmap.mmap | None:

@@ -178,10 +178,11 @@ class RankStep(EagerStep):
         super().__init__(model, loss, optimizer, precision)
         if read_once:
             self.engine = "one_pass"
-        self._pieces: list[tuple[Parameters, Parameters, State]] = []  # of each bucket
+        self._pieces: list[tuple[Parameters, list[Array], State]] = []  # of each bucket
 
     def _make_gradients(self) -> Buckets:
-        return Buckets(self._model.parameters, self._communicator)
+        ours = type(self._optimizer) in OPTIMIZERS.values()  # which take addends
+        return Buckets(self._model.parameters, self._communicator, apart=ours)
 
     def __call__(self, x: Array, y: Array, n_rows: int | None = None) -> Array:
         """Take a step on this rank's rows of a batch, which has so many on all ranks."""
@@ -190,9 +191,10 @@ class RankStep(EagerStep):
         weight = 1 if alike else len(x) / n_rows
         sums = self._gradients.sums
         if not len(x):
-            sums[...] = 0
             self._gradients.begin(sums[-1], mean=alike)
+            sums[...] = 0
         elif self._read_once or self._on_cpu is not None:
+            self._gradients.make_free()
             value = self._gradient(x, y)
             self._gradients.begin(value, mean=alike)
             if not alike:
@@ -202,8 +204,7 @@ class RankStep(EagerStep):
             value, d_predictions = self._loss(predictions, y)
             self._gradients.begin(value if alike else value * weight, mean=alike)
             backward(d_predictions if alike else d_predictions * weight, self._gradients)
-        self._update()
-        return sums[-1]
+        return self._update()
 
     def _gradient(self, x: Array, y: Array) -> Array:
         if not self._read_once or one_pass.limit(self._model, x) is not None:
@@ -211,29 +212,36 @@ class RankStep(EagerStep):
         n_threads = self._communicator.n_threads
         return one_pass.gradient(x, y, self._parameters, self._gradients, n_threads=n_threads)
 
-    def _update(self) -> None:
-        """Follow the gradients as their sums over all ranks arrive."""
+    def part(self, x: Array, y: Array, share: float) -> None:
+        """Add the gradient and the loss of a part of a batch, times its share."""
+        self._gradients.make_free()
+        super().part(x, y, share)
+
+    def _update(self) -> Array:
+        """Follow the gradients as their sums over all ranks arrive; return the loss."""
         optimizer, gradients = self._optimizer, self._gradients
         if type(optimizer) not in OPTIMIZERS.values():
             list(gradients.added())
             optimizer.update(self._parameters, gradients, self.state)
-            return
+            return gradients.loss()
         if not self._pieces:  # now, since rounded parameters are made with the first step
-            self._pieces = [self._piece(i) for i in range(len(gradients.slices))]
+            self._pieces = [self._piece(part) for part in gradients.slices]
         optimizer.advance(self.state)  # type: ignore[attr-defined]
         for bucket in gradients.added():
-            optimizer.move(*self._pieces[bucket])  # type: ignore[attr-defined]
+            optimizer.move(*self._pieces[bucket], gradients.divisor)  # type: ignore[attr-defined]
+        return gradients.loss()
 
-    def _piece(self, bucket: int) -> tuple[Parameters, Parameters, State]:
-        part, size = self._gradients.slices[bucket], self._parameters.flat.size
+    def _piece(self, part: slice) -> tuple[Parameters, list[Array], State]:
+        """Return the parameters in a bucket, what makes their gradient, and their state."""
+        size = self._parameters.flat.size
         state = {name: a[part] if a.shape == (size,) else a for name, a in self.state.items()}
-        return part_of(self._parameters, part), self._gradients.part(bucket), state
+        addends = [addend[part] for addend in self._gradients.addends]
+        return part_of(self._parameters, part), addends, state
 
     def _update_by_total(self) -> Array:
-        self._gradients.flat[...] = self._total.flat
         self._gradients.begin(self._total_loss)
-        self._update()
-        return self._gradients.sums[-1]
+        self._gradients.flat[...] = self._total.flat
+        return self._update()
 
 
 class GraphStep(EagerStep):
@@ -313,7 +321,10 @@ class RankGraphStep(GraphStep, RankStep):  # type: ignore[misc]
     """A step of one of several ranks, captured with its sums over all of them."""
 
     def _capture(self, x: Array, y: Array, *n_rows: int) -> _Graph | None:
+        under_way = self._gradients.under_way
         graph = super()._capture(x, y, *n_rows)
+        if graph is None:  # nothing of it has happened
+            self._gradients.under_way = under_way
         if not all(self._communicator.gather(graph is not None)):
             if graph is not None:
                 self._give_up(RuntimeError("another rank cannot"))

@@ -24,7 +24,7 @@ NOTEBOOKS = sorted(
 
 FLOORS = [
     {"errors", "devices", "kernels", "memory_maps", "blocking", "gpu_layers", "distributed"}
-    | {"nccl", "watcher"},
+    | {"nccl", "peer_copies", "watcher"},
     {"matmul", "losses", "datasets", "model_files", "plots", "timing", "staging", "journal"}
     | {"sharing"}
     | {"metrics", "schedules", "operations", "rounding"},
@@ -44,6 +44,7 @@ NEIGHBOURS += [
 ]
 NEIGHBOURS += [("errors", "nccl"), ("devices", "nccl"), ("models", "buckets")]
 NEIGHBOURS += [(name, "distributed") for name in ("errors", "devices", "nccl")]
+NEIGHBOURS += [("devices", "peer_copies"), ("peer_copies", "distributed")]
 NEIGHBOURS += [("model_files", "timing"), ("plots", "timing"), ("models", "optimizers")]
 NEIGHBOURS += [("one_pass", "steps"), ("fused", "steps"), ("fused", "training")]
 NEIGHBOURS += [("steps", "training"), ("fused", "fused_populations")]
