@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from gpuml import gpu_layers
 from gpuml.devices import Array, device_of
 from gpuml.distributed import Communicator
 from gpuml.models import Parameters
@@ -88,7 +89,7 @@ class Buckets(Parameters):
     def make_free(self) -> None:
         """Wait, on the device, until nobody reads these gradients any more."""
         if self._peers is not None and self.under_way:
-            self._peers.wait_until_taken(len(self.slices), self._current())
+            self._peers.wait_until_taken(self._current())
         self.under_way = False
 
     def begin(self, loss: Array, *, mean: bool = False) -> None:
@@ -122,6 +123,9 @@ class Buckets(Parameters):
             if missing:  # a model of one's own need not say what it has written
                 self._send(bucket)
         self._missing = []
+        if self._peers is not None:
+            self._peers.finish(self._stream)
+            self._stream.record(self._added[-1])  # a capture has to end with it
         compute = self._current()
         self.under_way = True
         for bucket, event in enumerate(self._added):
@@ -144,10 +148,9 @@ class Buckets(Parameters):
 
     def loss(self) -> Array:
         """Return the loss on all ranks, once the first bucket is there."""
-        total = self.addends[0][-1]
-        for more in self.addends[1:]:
-            total = total + more[-1]
-        return total / self.divisor if self.divisor > 1 else total
+        if len(self.addends) == 1:
+            return self.sums[-1]
+        return gpu_layers.summed([addend[-1] for addend in self.addends], self.divisor)
 
     @staticmethod
     def _current() -> Any:

@@ -273,6 +273,11 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     train.add_argument("--seed", type=_seed, default=0, help="of all random choices (0)")
     train.add_argument("--device", help=DEVICE_HELP)
     train.add_argument("--output", metavar="DIR", help="folder for the results (runs/001, 002, …)")
+    train.add_argument(
+        "--checkpoint",
+        metavar="FILE",
+        help="keep the state here after each epoch; the same call goes on from it (off)",
+    )
     train.add_argument("--overwrite", action="store_true", help="replace a run in DIR (off)")
 
     predict = add(
@@ -516,6 +521,16 @@ class _Job:
     raw_held_out: tuple[HostArray, HostArray]
 
 
+def _check_checkpoint(options: argparse.Namespace) -> None:
+    from gpuml.model_files import check_place
+
+    if options.checkpoint is not None:
+        try:
+            check_place(Path(options.checkpoint))
+        except OSError as error:
+            raise CallError(f"--checkpoint: {error}") from None
+
+
 def _prepare(options: argparse.Namespace, *, writes: bool) -> _Job:
     from gpuml.datasets import Preprocessing, split
     from gpuml.models import MLP, Linear
@@ -523,6 +538,7 @@ def _prepare(options: argparse.Namespace, *, writes: bool) -> _Job:
     with _finding_faults():
         optimizer = _optimizer(options)
         wanted = _check_folder(options, RESULTS) if writes else None
+        _check_checkpoint(options)
         device = _device(options)
         data, y, task = _training_data(options)
         with _doubting_the_task(options, y, task):
@@ -602,6 +618,7 @@ def _doubting_the_task(options: argparse.Namespace, y: HostArray, task: Task) ->
 def _run(job: _Job, options: argparse.Namespace) -> tuple[History, int, str]:
     """Train; return the history, the exit code, and what went wrong."""
     from gpuml.distributed import DistributedError, ranks
+    from gpuml.errors import CheckpointError
     from gpuml.training import DivergenceError, TrainingInterrupted, train
 
     preprocessing = job.model.preprocessing
@@ -616,8 +633,9 @@ def _run(job: _Job, options: argparse.Namespace) -> tuple[History, int, str]:
             batch_size=options.batch_size,
             validation_data=job.held_out,
             seed=options.seed,
+            checkpoint=options.checkpoint,
         )
-    except DistributedError as error:  # on all of them
+    except (DistributedError, CheckpointError) as error:  # on all of them
         raise CallError("" if ranks().rank else error) from None
     except DivergenceError as error:
         return error.history, FAILED, str(error)

@@ -69,7 +69,7 @@ class PeerCopies:
         from cupy.cuda import memory, runtime
 
         _stream_operations()
-        n_flags = 2 * world_size * MOST_BUCKETS + 1
+        n_flags = world_size * MOST_BUCKETS + world_size + 1
         block = memory.Memory(self._flags + 4 * n_flags)  # not of a pool
         self._place = memory.MemoryPointer(block, 0)
         self._all_flags = cupy.ndarray(n_flags, np.uint32, self._place + self._flags)
@@ -136,27 +136,30 @@ class PeerCopies:
             write(stream.ptr, flag, 0, 0)
             there, here = self._opened[other] + start, self._fetched[other].data.ptr + start
             runtime.memcpyAsync(here, there, stop - start, ANY_COPY, stream.ptr)
-            self._raise_flag(other, self._taken(self._rank, bucket), stream)
 
-    def wait_until_taken(self, n_buckets: int, stream: Any) -> None:
-        """Queue that what follows waits until all others have fetched what was exchanged."""
+    def finish(self, stream: Any) -> None:
+        """Queue that the others are told that all has been fetched, after the last bucket."""
+        for other in self._others:
+            self._raise_flag(other, self._taken(self._rank), stream)
+
+    def wait_until_taken(self, stream: Any) -> None:
+        """Queue that what follows waits until all others have fetched all buckets."""
         wait, write = _stream_operations()
         for other in self._others:
-            for bucket in range(n_buckets):
-                flag = self._place.ptr + self._taken(other, bucket)
-                wait(stream.ptr, flag, 1, WAIT_EQUAL)
-                write(stream.ptr, flag, 0, 0)
+            flag = self._place.ptr + self._taken(other)
+            wait(stream.ptr, flag, 1, WAIT_EQUAL)
+            write(stream.ptr, flag, 0, 0)
 
     def _ready(self, rank: int, bucket: int) -> int:
         return self._flags + 4 * (rank * MOST_BUCKETS + bucket)
 
-    def _taken(self, rank: int, bucket: int) -> int:
-        return self._ready(self._world_size + rank, bucket)
+    def _taken(self, rank: int) -> int:
+        return self._ready(self._world_size, rank)
 
     def _raise_flag(self, other: int, flag: int, stream: Any) -> None:
         from cupy.cuda import runtime
 
-        one = self._place.ptr + self._ready(2 * self._world_size, 0)
+        one = self._place.ptr + self._ready(self._world_size, self._world_size)
         runtime.memcpyAsync(self._opened[other] + flag, one, 4, ANY_COPY, stream.ptr)
 
 

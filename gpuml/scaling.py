@@ -20,12 +20,12 @@ import numpy as np
 
 from gpuml.batches import ArrayBatches
 from gpuml.devices import Device, blas_threads, get_device
-from gpuml.distributed import Communicator, ranks
+from gpuml.distributed import Communicator, ranks, share_of
 from gpuml.errors import unknown_name
 from gpuml.losses import softmax_cross_entropy
 from gpuml.models import MLP
 from gpuml.optimizers import GradientDescent
-from gpuml.steps import make_step
+from gpuml.steps import graph_limit, make_step
 from gpuml.timing import duration
 from gpuml.training import largest_product
 from gpuml.workloads import MOMENTUM, Workload
@@ -210,7 +210,7 @@ def measure_scaling(
     device: Device | str | None = None,
     sizes: Sequence[int] = SUM_SIZES,
     time_budget: float = 0.5,
-    engine: StepEngine = "eager",
+    engine: StepEngine | None = None,
     command: str = COMMAND,
 ) -> Scaling:
     """Time all-reduces and steps of training by 1, 2, 4, … and all ranks. All ranks must call it.
@@ -231,8 +231,9 @@ def measure_scaling(
         Bytes that each rank gives to a sum.
     time_budget : float
         Seconds for each entry of the table.
-    engine : {"eager", "graph"}
-        How steps run, whatever the number of ranks.
+    engine : {"eager", "graph"}, optional
+        How steps run, whatever the number of ranks; as graphs, where they can be captured, unless
+        given.
     command : str
         Kept in the table.
 
@@ -286,7 +287,7 @@ class _Timed:
                 found.append(self._time(part, size, partial(part.all_reduce, array)))
         return found
 
-    def steps(self, workload: Workload, engine: StepEngine) -> list[RankTime]:
+    def steps(self, workload: Workload, engine: StepEngine | None) -> list[RankTime]:
         found, rows = [], workload.batch_size
         batches = {p: sorted({rows, p * rows}, reverse=True) for p in self._counts}
         batches[1] = sorted({rows // share for share in SHARES if rows >= share}, reverse=True)
@@ -295,16 +296,16 @@ class _Timed:
             if part is None:
                 continue
             for size in sizes:
-                step, x, y, model = self._step(workload, engine, part, size)
+                step, model = self._step(workload, engine, part, size)
                 # As many threads for one rank as for each of many: only the ranks differ.
                 with blas_threads(largest_product(model, size) / p, self._world.n_threads):
-                    found.append(self._time(part, size, partial(step, x, y)))
+                    found.append(self._time(part, size, step))
         return found
 
     def _step(
-        self, workload: Workload, engine: StepEngine, part: Communicator, batch_size: int
+        self, workload: Workload, engine: StepEngine | None, part: Communicator, batch_size: int
     ) -> Any:
-        """Return a step, the batch of all ranks, random and the same on each, and the model."""
+        """Return what takes a step on a random batch, the same on all ranks, and the model."""
         generator = np.random.default_rng(1)
         X = generator.standard_normal((batch_size, workload.sizes[0]), np.float32)
         y = generator.integers(workload.sizes[-1], size=batch_size)
@@ -313,10 +314,15 @@ class _Timed:
         optimizer = GradientDescent(workload.learning_rate, momentum=MOMENTUM)
         precision: Any = None if workload.precision == "float32" else workload.precision
         data = ArrayBatches(x, y, batch_size)
+        if engine is None:
+            engine = "eager" if graph_limit(model, data) else "graph"
         task = model, softmax_cross_entropy, optimizer, data, engine, precision
-        step = make_step(*task, n_epochs=MOST_CALLS, communicator=part)
+        step: Any = make_step(*task, n_epochs=MOST_CALLS, communicator=part)
         self.engine = step.engine
-        return step, x, y, model
+        if part.world_size == 1:
+            return partial(step, x, y), model
+        rows = share_of(batch_size, part)
+        return partial(step, x[rows], y[rows], batch_size), model
 
     def _first(self, n: int) -> Communicator | None:
         """Return the first n ranks, or None if this is not one of them."""

@@ -878,6 +878,23 @@ def test_it_trains_in_a_thread(call):
     assert codes == [0]
 
 
+def test_a_run_goes_on_from_its_checkpoint(call):
+    written(table())
+    twice = ["train", "table.csv", "--checkpoint", "state"]
+    assert call(*twice, "--epochs", "2")[0] == 0
+    assert call(*twice, "--epochs", "5", "--output", "twice")[0] == 0
+    assert call("train", "table.csv", "--epochs", "5", "--output", "once")[0] == 0
+    first, second = (gpuml.load_model(f"{run}/model.safetensors") for run in ("once", "twice"))
+    np.testing.assert_array_equal(
+        gpuml.to_host(first.parameters.flat), gpuml.to_host(second.parameters.flat)
+    )
+    code, _, err = call(*twice, "--batch-size", "7")
+    assert code == 2
+    assert err.startswith("gpuml: cannot resume from state: batch size was 32 and is 7")
+    code, _, err = call("train", "table.csv", "--checkpoint", "nowhere/state")
+    assert (code, err[:40]) == (2, "gpuml: --checkpoint: cannot write nowher")
+
+
 def test_a_loss_that_stops_being_finite_ends_the_run(call):
     written(table())
     code, out, err = call("train", "table.csv", "--optimizer", "gradient_descent",

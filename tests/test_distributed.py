@@ -524,13 +524,15 @@ def n_gpus():
 
 
 @needs_mpi
-@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("how", ["eager", "graph", "NCCL", "NCCL graph"])
 @pytest.mark.parametrize("n", [1, 2, 3, 4])
-def test_the_training_is_the_same_on_gpus(n, graphs, by_one, tmp_path):
+def test_the_training_is_the_same_on_gpus(n, how, by_one, tmp_path):
     if n_gpus() < n:
         pytest.skip(f"{n_gpus()} GPUs")
     code = CASES
-    if graphs:
+    if "NCCL" in how:  # as for more ranks than fetch from each other
+        code = f"from gpuml import distributed\ndistributed.MOST_RANKS = 1\n{code}"
+    if "graph" in how:
         code = code.replace('"batch_size": 50}', '"batch_size": 50, "engine": "graph"}')
         code = code.replace('small | {"batch_size": None}', '{"batch_size": None}')
     done = run(n, code, tmp_path / "weights.npz", GPUML_DEVICE="gpu")
