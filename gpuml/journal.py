@@ -13,10 +13,13 @@ from typing import Any
 import numpy as np
 
 from gpuml.devices import cpu_count
-from gpuml.errors import DataError
+from gpuml.errors import DataError, printable
 from gpuml.memory_maps import chunks, drop_pages, write_back
+from gpuml.plain_files import parse_json
 
 MOST_THREADS = 16  # a few MiB of the file are in memory for each
+LARGEST_FILE = 64 * 2**20  # bytes, of a record: some 500,000 tiles
+MOST_READINGS = 4  # of the array; a made-up record could ask for one in each line
 WORDS = 1024  # in a row, when the words of a block are summed
 
 Tile = tuple[int, int, int, int]  # first and last row, first and last column
@@ -46,7 +49,8 @@ class Journal:
     Raises
     ------
     DataError
-        If the file is about other operands; the message names the difference.
+        If the file is about other operands, in which case the message names the difference; or
+        if it is no such record.
     """
 
     def __init__(self, path: Path, out: Any, facts: dict[str, Any], *, resume: bool) -> None:
@@ -57,7 +61,8 @@ class Journal:
         self.finished = [tile for tile, _ in there]
         # In one move: whenever we are stopped, there is the old record or the whole new one.
         anew = path.with_name(path.name + ".new")
-        with anew.open("w", encoding="utf-8") as file:
+        anew.unlink(missing_ok=True)  # of a killed run, or a link that somebody put there
+        with anew.open("x", encoding="utf-8") as file:
             file.write(_line(facts))
             file.writelines(_line([*tile, mark]) for tile, mark in there)
             file.flush()
@@ -89,6 +94,8 @@ class Journal:
 
     def _read(self, facts: dict[str, Any]) -> Iterator[tuple[Tile, str]]:
         cure = f"to begin anew, call without resume=True or delete {self.path}"
+        if self.path.stat().st_size > LARGEST_FILE:
+            raise DataError(f"{self.path} is not a record of a product: it is too long; {cure}")
         lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
         before = _parsed(lines[0]) if lines else None
         if not isinstance(before, dict):
@@ -96,14 +103,23 @@ class Journal:
         for name in facts | before:
             if facts.get(name) != before.get(name):
                 raise DataError(
-                    f"cannot resume: {name} was {before.get(name)} and is {facts.get(name)}; {cure}"
+                    f"cannot resume: {printable(name)} was {printable(before.get(name))} and is "
+                    f"{facts.get(name)}; {cure}"
                 )
+        n_rows, n_columns = self._out.shape
+        unread = MOST_READINGS * self._out.size
         for line in lines[1:]:
             match _parsed(line):
                 case [int(top), int(bottom), int(left), int(right), str(mark)]:
-                    yield (top, bottom, left, right), mark
+                    pass
                 case _:
                     return  # cut off while it was written: this tile and later ones are not done
+            if not (0 <= top < bottom <= n_rows and 0 <= left < right <= n_columns):
+                continue  # no tile
+            unread -= (bottom - top) * (right - left)
+            if unread < 0:
+                return
+            yield (top, bottom, left, right), mark
 
 
 def _line(content: Any) -> str:
@@ -112,7 +128,7 @@ def _line(content: Any) -> str:
 
 def _parsed(line: str) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError:
         return None
 
