@@ -589,7 +589,7 @@ def _checked(name: str, X: HostArray, y: HostArray | None) -> Dataset:
         return Dataset(name, X, None)
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
-    if y.ndim not in (1, 2):
+    if y.ndim not in (1, 2) or 0 in y.shape[1:]:
         raise DataError(f"y in {name} has shape {y.shape}, expected (n_samples,)")
     if len(y) != len(X):
         raise DataError(f"X in {name} has {len(X)} rows, y has {len(y)}: they must agree")

@@ -527,6 +527,8 @@ def _check_arrays(
     try:
         if not all(type(size) is int for size in sizes):
             raise ValueError(f"sizes must be integers, got {printable(sizes)}")
+        if len(sizes) - 1 > len(arrays):
+            raise ValueError(f"{len(sizes)} sizes are too many for {len(arrays)} arrays")
         expected = _affine_shapes(model_class.layer_names(len(sizes) - 1), sizes)
     except ValueError as error:
         raise ModelFileError(f"{path}: {error}") from None

@@ -244,6 +244,8 @@ def _parse_header(header: str, what: str) -> tuple[tuple[int, ...], np.dtype[Any
     while match := _ENTRY.match(text, place):
         if match[2] in found:
             raise DataError(f"{what} is damaged: its header says twice what {match[2]} is")
+        if (match[2] == "descr") != (match[3] is not None):
+            break  # the type alone is in quotes
         found[match[2]] = match[4] if match[3] else match[5] or match[6]
         place = match.end()
     if "descr" in found and re.fullmatch(r"[<>|=]?O\d*", found["descr"]):
