@@ -693,7 +693,7 @@ def _check_names(path: Path, layout: _Layout) -> None:
             if column == 0:
                 cure = "leave it out, in pandas to_csv(index=False), in R row.names = FALSE"
             elif column == len(names) - 1:
-                cure = f"if each line ends with a '{layout.delimiter}', remove that"
+                cure = f"if each line ends with a '{printable(layout.delimiter)}', remove that"
             raise DataError(f"{path}: column {column + 1} has no name: {cure}")
         if names[column] in twice:
             raise DataError(
@@ -878,7 +878,7 @@ def _fault(cell: str, column: int, layout: _Layout) -> str | None:
     fill, shown = "remove the row, or fill in a number", printable(cell)
     if not cell:
         if not layout.names and column == len(layout.cells) - 1:
-            fill += f"; if each line ends with a '{layout.delimiter}', remove that"
+            fill += f"; if each line ends with a '{printable(layout.delimiter)}', remove that"
         return f" is empty: {fill}"
     if column in layout.truths:
         return None if cell.lower() in _TRUTH else f": '{shown}' is neither true nor false: {fill}"

@@ -492,7 +492,7 @@ def load_model(
         raise ModelFileError(f"{path} is damaged: its checksum does not fit")
 
     tables = {
-        name.removeprefix("preprocessing."): arrays.pop(name)
+        name.removeprefix("preprocessing."): arrays.pop(name).copy()  # not a view of all the file
         for name in list(arrays)
         if name.startswith("preprocessing.")
     }

@@ -300,10 +300,13 @@ def _check_fields(recording: Recording) -> None:
             raise ValueError(f"a time of {m.seconds!r} seconds")
     for report in r.blocked.values():
         texts.append(report.device)
-        numbers.append(report.seconds)
+        numbers += [report.seconds, *(v for k, v in asdict(report.plan).items() if k != "keeps")]
         for spans in report.spans.values():
-            if spans.dtype.kind not in "if" or not np.isfinite(spans).all():
+            pairs = spans.size == 0 or (spans.ndim == 2 and spans.shape[1] == 2)
+            if not pairs or spans.dtype.kind not in "if" or not np.isfinite(spans).all():
                 raise ValueError("a time line that is none")
+    if not all(isinstance(tables, dict) for tables in (r.peers, *r.peers.values())):
+        raise TypeError("something else where there should be tables")
     if not all(isinstance(text, str) for text in texts):
         raise TypeError("something else where there should be text")
     if not all(map(_is_number, numbers)):

@@ -512,7 +512,7 @@ class _Run:
         for good in self.good:
             good[...] = self.flat
         if best is not None:
-            self.best = loss, epoch, self.model.device.asarray(arrays["best"])
+            self.best = loss, epoch, self.model.device.asarray(arrays["best"].copy())
         self.history.columns = {name: list(values) for name, values in columns.items()}
         self.clock.before = self.clock.told = self.history.seconds
         self.n_told = len(self.history)

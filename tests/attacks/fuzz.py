@@ -226,7 +226,9 @@ class Data:
             (Path(recordings.__file__).parent / "recorded" / "nvidia_h200.json").read_text()
         )
         recording["products"]["rows"] = recording["products"]["rows"][:4]
-        recording |= {"peers": {}, "blocked": {}}
+        recording |= {"peers": {}, "blocked": {"tall": recording["blocked"]["tall"]}}
+        for kind, spans in recording["blocked"]["tall"]["spans"].items():
+            recording["blocked"]["tall"]["spans"][kind] = spans[:3]
         self.recording = recording
         members = {f"{name}.npy": saved(a) for name, a in self.arrays.items()}
         self.raw = {

@@ -40,6 +40,7 @@ from gpuml import datasets, model_files
 from gpuml.checkpoints import KEY, load_checkpoint, save_checkpoint
 from gpuml.errors import GpumlError
 from gpuml.journal import Journal
+from gpuml.peers import PeerTable
 from gpuml.recordings import recorded
 
 MOST_SECONDS, MOST_BYTES = 2, 256 * 2**20
@@ -474,6 +475,7 @@ GOOD = json.loads(
         json.dumps(GOOD | {"transfers": {"sizes": ["1"]}}),
         json.dumps(GOOD | {"ceilings": {"device": "x", "values": {"copy": None}}}),
         json.dumps(GOOD | {"__class__": "os.system"}),
+        json.dumps(GOOD | {"peers": {"workloads": 3}}),
         json.dumps(GOOD)[:-1] + ', "device": "another"}',
         json.dumps({name: {} for name in GOOD}),
     ],
@@ -483,6 +485,24 @@ def test_recordings_that_lie(text):
     message = refused(recorded, written(text.encode(), "mine.json"))
     assert "mine.json is not a recording" in message
     assert "gpuml bench --save mine.json" in message
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rivals": {"a": 3}},
+        {"rivals": {"a": {"seconds": "1", "low": 1, "high": 1, "first_call": 1, "loss": 1}}},
+        {"rivals": {"a": {"seconds": 0, "low": 1, "high": 1, "first_call": 1, "loss": 1}}},
+        {"title": 3},
+        {"more": 1},
+    ],
+)
+def test_tables_of_peers_that_lie(change):
+    """A table within a recording tries to break what is printed and drawn from it."""
+    table = {"title": "t", "device": "d", "date": "2026-01-01", "floor": 1e-6, "bound": "memory"}
+    table |= {"n_steps": 1, "first_loss": 1.0, "rivals": {}}
+    PeerTable.from_json(table)
+    assert "this is no table of peers" in refused(PeerTable.from_json, table | change)
 
 
 def test_a_recording_without_end():
@@ -632,6 +652,12 @@ def test_commands_for_a_terminal_in_a_table(where):
         "class": "a,y\n" + "".join(f"{i},{i / 3}\n" for i in range(50)) + f"1,{evil}\n",
     }[where]
     assert "\\x1b" in refused(gpuml.load_dataset, written(text.encode(), "t.csv"))
+
+
+def test_a_tab_in_a_message():
+    """A tab between cells tries to come into a message as it is."""
+    for text in "a\t\n1\t2\n", "1\t\n3\t4\n":
+        assert "ends with a '\\t'" in refused(gpuml.load_dataset, written(text.encode(), "t.csv"))
 
 
 @pytest.mark.parametrize("digits", ["1" * 100_000, "1e" + "9" * 1000, "0." + "0" * 100_000 + "1"])
