@@ -276,12 +276,15 @@ class Model:
         Parameters
         ----------
         path : path
-            The file; an existing one is replaced.
+            The file; an existing one is replaced. A symbolic link is replaced too, and what it
+            points to stays as it is.
 
         Raises
         ------
         OSError
             If it cannot be written.
+        ModelFileError
+            If the names of features and classes are longer than :func:`load_model` would read.
         TypeError
             If it is a class of one's own, which no file could bring back.
         """

@@ -664,7 +664,7 @@ def test_a_tab_in_a_message():
 def test_numbers_without_end(digits):
     """A number of a hundred thousand digits tries to keep us busy; it is read, or not finite."""
     path = written(f"a,y\n{digits},1\n2,x\n".encode(), "t.csv")
-    begin = time.perf_counter()
+    begin = time.process_time()
     message = "is inf, not finite"
     try:
         gpuml.load_dataset(path)
@@ -672,7 +672,7 @@ def test_numbers_without_end(digits):
         message = str(error)
     assert "not finite" in message
     assert len(message) < 300
-    assert time.perf_counter() - begin < MOST_SECONDS
+    assert time.process_time() - begin < MOST_SECONDS
 
 
 def test_a_mapped_file_that_is_cut_off():

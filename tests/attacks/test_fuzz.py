@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 from fuzz import fuzz
 
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/statm").exists(), reason="memory is bounded by means of Linux"
-)
+pytestmark = [
+    pytest.mark.alone,
+    pytest.mark.skipif(
+        not Path("/proc/self/statm").exists(), reason="memory is bounded by means of Linux"
+    ),
+]
 
 
 @pytest.mark.parametrize("kind", ["models", "data"])
