@@ -298,6 +298,7 @@ class Traps:
 
     def __init__(self, folder: Path) -> None:
         self.number = -1  # of the file; set from outside
+        self.raw: dict[str, bytes] = {}
 
     def make(self, rng: random.Random) -> tuple[str, bytes]:
         """Nothing is needed."""
@@ -350,9 +351,9 @@ def read_all(kind: str, start: int, stop: int, seed: int, board: Path) -> None:
     shown = mmap.mmap(os.open(board, os.O_RDWR), 0)
     with tempfile.TemporaryDirectory() as name:
         source = KINDS[kind](Path(name))
-        for number in range(20):  # all that is imported later is imported now
+        for made, raw in source.raw.items():  # what is imported late is imported now
             with suppress(GpumlError):
-                source.read(*_made(source, -1, random.Random(f"warm {number}")))
+                source.read(made, raw)
         now = int(Path("/proc/self/statm").read_text().split()[0]) * mmap.PAGESIZE
         resource.setrlimit(resource.RLIMIT_AS, (now + MOST_BYTES, now + MOST_BYTES))
         report: dict[str, Any] = {"refused": 0, "used": 0, "longest": 0.0, "longest_file": -1}
