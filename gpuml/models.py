@@ -12,12 +12,13 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from gpuml import gpu_layers
-from gpuml.datasets import Preprocessing
+from gpuml.datasets import Preprocessing, check_entries
 from gpuml.devices import CPU, Array, Device, array_module, device_of, get_device, to_host
-from gpuml.errors import ModelFileError
+from gpuml.errors import ModelFileError, printable
 from gpuml.gpu_layers import fused
 from gpuml.matmul import Precision, matmul
 from gpuml.model_files import checksum, load_arrays, save_arrays
+from gpuml.plain_files import parse_json, within_memory
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -282,12 +283,15 @@ class Model:
         Parameters
         ----------
         path : path
-            The file; an existing one is replaced.
+            The file; an existing one is replaced. A symbolic link is replaced too, and what it
+            points to stays as it is.
 
         Raises
         ------
         OSError
             If it cannot be written.
+        ModelFileError
+            If the names of features and classes are longer than :func:`load_model` would read.
         TypeError
             If it is a class of one's own, which no file could bring back.
         """
@@ -438,8 +442,17 @@ class MLP(Model):
 MODELS: dict[str, type[Linear] | type[MLP]] = {"Linear": Linear, "MLP": MLP}
 
 
-def load_model(path: str | PathLike[str], *, device: Device | str | None = None) -> Model:
+def load_model(
+    path: str | PathLike[str],
+    *,
+    device: Device | str | None = None,
+    sha256: str | None = None,
+) -> Model:
     """Read a model from a file that :meth:`Model.save` wrote. No code in it is ever run.
+
+    A file from others may be damaged, or made to do harm: whatever does not fit together is
+    refused, before more memory is taken than the file is long. Whether its numbers are those
+    that somebody trained, only a SHA-256 from that somebody can say.
 
     Parameters
     ----------
@@ -447,6 +460,8 @@ def load_model(path: str | PathLike[str], *, device: Device | str | None = None)
         A safetensors file.
     device : Device or str, optional
         Where the parameters are to live; what :func:`get_device` returns unless given.
+    sha256 : str, optional
+        The SHA-256 that the file must have, in hexadecimal; ``gpuml train`` prints it.
 
     Returns
     -------
@@ -457,9 +472,14 @@ def load_model(path: str | PathLike[str], *, device: Device | str | None = None)
     FileNotFoundError
         If there is no such file.
     ModelFileError
-        If it is damaged, truncated, or not a model of gpuml's; the message says which.
+        If it is damaged, truncated, not a model of gpuml's, or has another SHA-256; the message
+        says which.
+    DeviceMemoryError
+        If it takes more memory than is free.
+    ValueError
+        If `sha256` cannot be one.
     """
-    arrays, metadata = load_arrays(path)
+    arrays, metadata = load_arrays(path, sha256=sha256)
     if "gpuml_checkpoint" in metadata:
         raise ModelFileError(
             f"{path} is a checkpoint, from which gpuml.train(…, checkpoint=…) goes on, and no "
@@ -468,38 +488,42 @@ def load_model(path: str | PathLike[str], *, device: Device | str | None = None)
     if "gpuml" not in metadata:
         raise ModelFileError(f"{path} is a safetensors file, but gpuml did not write it")
     try:
-        description = json.loads(metadata["gpuml"])
+        description = parse_json(metadata["gpuml"])
         stated = description.pop("sha256", None)
         found = checksum(arrays, json.dumps(description, sort_keys=True))
         model_class = MODELS[description["model"]]
         sizes = list(description["sizes"])
         options = description.get("preprocessing")
+        check_entries(description, ("model", "sizes", "preprocessing"))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelFileError(f"{path} does not describe a model of gpuml's: {error!r}") from None
+        told = printable(repr(error), 200)
+        raise ModelFileError(f"{path} does not describe a model of gpuml's: {told}") from None
     if stated != found:
         raise ModelFileError(f"{path} is damaged: its checksum does not fit")
 
     tables = {
-        name.removeprefix("preprocessing."): arrays.pop(name)
+        name.removeprefix("preprocessing."): arrays.pop(name).copy()  # not a view of all the file
         for name in list(arrays)
         if name.startswith("preprocessing.")
     }
     dtype = _check_arrays(path, arrays, model_class, sizes)
-    model: Model
-    if model_class is Linear:
-        model = Linear(*sizes, bias="bias" in arrays, dtype=dtype, device=CPU)
-    else:
-        model = MLP(sizes, dtype=dtype, device=CPU)
-    for name, array in arrays.items():
-        model.parameters[name] = array
-    if options is not None or tables:
-        try:
-            model.preprocessing = Preprocessing.from_arrays(tables, options or {})
-            fits = len(model.preprocessing.mean), model.preprocessing.n_outputs
-            if fits != (sizes[0], sizes[-1]):
-                raise ValueError(f"it is for {fits[0]} features and {fits[1]} outputs")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ModelFileError(f"{path}: its preprocessing is damaged: {error!r}") from None
+    with within_memory(path):
+        model: Model
+        if model_class is Linear:
+            model = Linear(*sizes, bias="bias" in arrays, dtype=dtype, device=CPU)
+        else:
+            model = MLP(sizes, dtype=dtype, device=CPU)
+        for name, array in arrays.items():
+            model.parameters[name] = array
+        if options is not None or tables:
+            try:
+                model.preprocessing = Preprocessing.from_arrays(tables, options or {})
+                fits = len(model.preprocessing.mean), model.preprocessing.n_outputs
+                if fits != (sizes[0], sizes[-1]):
+                    raise ValueError(f"it is for {fits[0]} features and {fits[1]} outputs")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                told = printable(repr(error), 200)
+                raise ModelFileError(f"{path}: its preprocessing is damaged: {told}") from None
     return model.to(get_device(device))
 
 
@@ -512,7 +536,9 @@ def _check_arrays(
     """Refuse arrays that are not what the file says; return their element type."""
     try:
         if not all(type(size) is int for size in sizes):
-            raise ValueError(f"sizes must be integers, got {sizes}")
+            raise ValueError(f"sizes must be integers, got {printable(sizes)}")
+        if len(sizes) - 1 > len(arrays):
+            raise ValueError(f"{len(sizes)} sizes are too many for {len(arrays)} arrays")
         expected = _affine_shapes(model_class.layer_names(len(sizes) - 1), sizes)
     except ValueError as error:
         raise ModelFileError(f"{path}: {error}") from None
@@ -522,7 +548,7 @@ def _check_arrays(
     for name in [*expected, *found]:
         if found.get(name) != expected.get(name):
             raise ModelFileError(
-                f"{path}: {name} should have shape {expected.get(name, 'none')}, "
+                f"{path}: {printable(name)} should have shape {expected.get(name, 'none')}, "
                 f"the file has {found.get(name, 'none')}"
             )
     dtypes = {array.dtype for array in arrays.values()}
@@ -544,7 +570,9 @@ def _affine_shapes(layers: Sequence[tuple[str, str]], sizes: Sequence[int]) -> d
         If there are fewer than two sizes, or one is not a positive integer.
     """
     if len(sizes) < 2 or any(size != int(size) or size < 1 for size in sizes):
-        raise ValueError(f"sizes must be two or more positive integers, got {list(sizes)}")
+        raise ValueError(
+            f"sizes must be two or more positive integers, got {printable(list(sizes))}"
+        )
     sizes = [int(size) for size in sizes]  # np.int64 and 64.0 as well
     shapes: dict[str, Shape] = {}
     for (weight, bias), n_in, n_out in zip(layers, sizes[:-1], sizes[1:], strict=True):

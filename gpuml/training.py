@@ -29,7 +29,14 @@ from gpuml.batches import (
     shares,
 )
 from gpuml.blocking import parse_size
-from gpuml.checkpoints import fingerprint_data, load_checkpoint, save_checkpoint, saved_facts
+from gpuml.checkpoints import (
+    check_contents,
+    fingerprint_data,
+    load_checkpoint,
+    reading_state,
+    save_checkpoint,
+    saved_facts,
+)
 from gpuml.devices import CPU, Array, Device, array_module, blas_threads, device_of, to_host
 from gpuml.distributed import (
     Alone,
@@ -517,17 +524,22 @@ class _Run:
         if found is None:
             return
         arrays, state = found
+        with reading_state(self.checkpoint.path):
+            best, columns = state["best"], state["columns"]
+            expected = {"weights": self.flat} | ({} if best is None else {"best": self.flat})
+            expected |= {f"optimizer.{name}": a for name, a in self.step.state.items()}
+            check_contents(self.checkpoint.path, arrays, columns, expected)
+            if self.generator is not None:
+                self.generator.bit_generator.state = state["generator"]
+            loss, epoch = (math.inf, 0) if best is None else (float(best[0]), int(best[1]))
         self.flat[...] = self.model.device.asarray(arrays["weights"])
         for name, array in self.step.state.items():
             array[...] = self.model.device.asarray(arrays[f"optimizer.{name}"])
         for good in self.good:
             good[...] = self.flat
-        if self.generator is not None:
-            self.generator.bit_generator.state = state["generator"]
-        if state["best"] is not None:
-            loss, epoch = state["best"]
-            self.best = loss, epoch, self.model.device.asarray(arrays["best"])
-        self.history.columns = {name: list(values) for name, values in state["columns"].items()}
+        if best is not None:
+            self.best = loss, epoch, self.model.device.asarray(arrays["best"].copy())
+        self.history.columns = {name: list(values) for name, values in columns.items()}
         self.clock.before = self.clock.told = self.history.seconds
         self.n_told = len(self.history)
         self.n_good[...] = self.n_told
