@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal, Protocol, TypeAlias
@@ -58,6 +59,61 @@ class Step(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a step works with, for a :class:`Method` to build on.
+
+    Attributes
+    ----------
+    model : Model
+    loss : callable
+    parameters, gradients : Parameters
+    state : dict of str to array
+        Arrays added here are kept in checkpoints.
+    options : dict
+        For ``model.forward``.
+    """
+
+    model: Model
+    loss: Loss
+    parameters: Parameters
+    gradients: Parameters
+    state: State
+    options: dict[str, Any]
+
+
+Gradient: TypeAlias = Callable[[Array, Array], Array]  # (x, y) -> loss; writes the gradients
+
+
+class Method(Protocol):
+    """Another way to the gradient of a step: on inputs that an attack changed, or row by row.
+
+    Attributes
+    ----------
+    name : str
+        What it is, for messages: ``"adversarial training"``.
+    n_gradients : int
+        About how many plain steps one of its steps takes.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def n_gradients(self) -> int: ...  # noqa: D102
+
+    def check(self, model: Model, data: Batches, loss: Loss) -> None:
+        """Refuse what it cannot train, with a ValueError that says why."""
+        ...
+
+    def prepare(self, work: Work) -> Callable[[Gradient, Array, Array], Array]:
+        """Return what is called as ``(gradient, x, y)`` in place of ``gradient(x, y)``.
+
+        It can be captured as that can.
+        """
+        ...
+
+
 class EagerStep:
     """Forward, loss, backward and update as array operations, one after the other.
 
@@ -90,12 +146,30 @@ class EagerStep:
             and type(optimizer) in OPTIMIZERS.values()
         )
         self._gradients = self._make_gradients()
+        self._method: Callable[[Gradient, Array, Array], Array] | None = None
         self._total: Any = None  # of the parts so far
         self.state = optimizer.init(model.parameters)
         self._on_cpu: CpuGradient | CpuPopulationGradient | None = None
         for kind in (CpuGradient, CpuPopulationGradient):
             if kind.limit(model, loss) is None:
                 self._on_cpu = kind(model, loss, self._gradients)
+
+    def use(self, method: Method) -> None:
+        """Let a method find the gradients from now on."""
+        work = Work(
+            self._model,
+            self._loss,
+            self._parameters,
+            self._gradients,
+            self.state,
+            self._options,
+        )
+        self._method = method.prepare(work)
+
+    def _find_gradient(self, x: Array, y: Array) -> Array:
+        if self._method is None:
+            return self._gradient(x, y)
+        return self._method(self._gradient, x, y)
 
     def _make_gradients(self) -> Parameters:
         return self._model.parameters.zeros_like()
@@ -112,13 +186,13 @@ class EagerStep:
 
     def __call__(self, x: Array, y: Array) -> Array:
         """Take a step on a batch; return the loss before it."""
-        value = self._gradient(x, y)
+        value = self._find_gradient(x, y)
         self._optimizer.update(self._parameters, self._gradients, self.state)
         return value
 
     def part(self, x: Array, y: Array, share: float) -> Array:
         """Add the gradient of a part of a batch, times its share; return its share of the loss."""
-        value = self._gradient(x, y)
+        value = self._find_gradient(x, y)
         if self._total is None:
             self._total = self._gradients.zeros_like()
         self._gradients.flat *= share
@@ -311,6 +385,7 @@ def make_step(
     n_epochs: int = 1,
     before: str | None = None,
     communicator: Communicator | None = None,
+    method: Method | None = None,
 ) -> Step | FusedStep:
     """Put the step together, by the engine that is asked for or the best that can hold it.
 
@@ -329,6 +404,8 @@ def make_step(
         The engine by which this training began, which is to go on with it if it can.
     communicator : Communicator, optional
         The ranks that share the work, if there are several.
+    method : Method, optional
+        How the gradients are found, where that is not plain.
 
     Returns
     -------
@@ -343,6 +420,11 @@ def make_step(
         raise ValueError(unknown_name("engine", engine, ENGINES))
     checked_precision(precision, model.dtype)
     if communicator is not None and communicator.world_size > 1:
+        if method is not None:
+            raise ValueError(
+                f"{method.name} runs in one process so far, and there are "
+                f"{communicator.world_size} ranks"
+            )
         if engine not in (None, "eager"):
             raise ValueError(
                 f"engine='{engine}' trains in one process, and there are "
@@ -358,13 +440,19 @@ def make_step(
         before = None
     for name in chosen:
         asked = before if name == before else engine
-        pays = asked is not None or _pays(name, model, data, n_epochs)
+        n_gradients = n_epochs * (method.n_gradients if method else 1)
+        pays = asked is not None or _pays(name, model, data, n_gradients)
         reason = _limit(name, *trained, precision, asked) if pays else ""
+        if method is not None and name not in ("eager", "graph"):
+            reason = f"{method.name} is for the engines eager and graph"
         if reason is None and before not in (None, name):
             reasons.append(f"not {name}, since the checkpoint was begun by {before}")
             continue
         if reason is None:
             step: Step | FusedStep = _made(name, *trained, precision)
+            if method is not None:
+                assert isinstance(step, EagerStep)
+                step.use(method)
             step.reason = "; ".join([*reasons, *filter(None, [step.reason])])
             return step
         if engine:

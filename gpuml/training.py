@@ -49,7 +49,7 @@ from gpuml.optimizers import GradientDescent, Optimizer, get_optimizer
 from gpuml.regression import largest_stable_learning_rate
 from gpuml.schedules import Schedule, factor_of, get_schedule
 from gpuml.staging import Trace
-from gpuml.steps import Engine, GramStep, Step, make_step, set_learning_rate
+from gpuml.steps import Engine, GramStep, Method, Step, make_step, set_learning_rate
 
 # How often, in seconds, a running epoch looks at its losses and moves the progress bar. Each look
 # waits for the device.
@@ -109,6 +109,7 @@ def train(
     engine: Engine | None = None,
     precision: Precision | None = None,
     communicator: Communicator | None = None,
+    adversarial: Method | None = None,
     progress: bool | None = None,
 ) -> History:
     """Train a model in place, on the device where it lives, and return what happened.
@@ -170,6 +171,9 @@ def train(
         The processes that train this model together. Unless given those that ``mpiexec`` started,
         if it did: each gets the same data and takes its share of the rows of each batch, and all
         end with the same bits. ``gpuml.distributed.Alone()`` for a training of its own.
+    adversarial : PGD, optional
+        Learn from rows perturbed so that the loss is large: ``gpuml.robustness.PGD(strength=0.1)``.
+        The loss in the history is that of perturbed rows; validation data are left as they are.
     progress : bool, optional
         Whether to show a progress bar on standard error; if that is a terminal unless given. Of
         several ranks, only the first shows it.
@@ -228,6 +232,8 @@ def train(
         before = None if checkpoint is None else saved_facts(checkpoint).get("engine")
         options: dict[str, Any] = {"n_epochs": n_epochs, "before": before}
         options["communicator"] = communicator
+        method = _method(adversarial, model, data, loss)
+        options["method"] = method
         step = make_step(model, loss, optimizer, data, engine, precision, **options)
         history = History(
             device=str(model.device),
@@ -262,6 +268,8 @@ def train(
             }
         if precision is not None:  # a file from before there was a precision stays good
             facts["precision"] = precision
+        if method is not None:
+            facts[method.name] = repr(method)
         if several:
             more = {"n_epochs": n_epochs, "steps in an epoch": data.n_steps}
             more["having a checkpoint"] = checkpoint is not None
@@ -1046,6 +1054,19 @@ def _check_ranks(communicator: Communicator, settings: dict[str, Any], model: Mo
             f"{communicator.world_size} ranks train on CPUs so far, and the model is on "
             f"{model.device.name}: make it with device='cpu', or set GPUML_DEVICE=cpu"
         )
+
+
+def _method(adversarial: Method | None, model: Model, data: Batches, loss: Loss) -> Method | None:
+    """Return how gradients are found, checked against what is trained; None if plainly."""
+    if adversarial is None:
+        return None
+    if not hasattr(adversarial, "prepare"):
+        raise TypeError(
+            f"adversarial must be settings such as gpuml.robustness.PGD(strength=0.1), got "
+            f"{adversarial!r}"
+        )
+    adversarial.check(model, data, loss)
+    return adversarial
 
 
 def _named(thing: Any) -> str:

@@ -26,11 +26,12 @@ FLOORS = [
     {"errors", "devices", "kernels", "memory_maps", "blocking", "gpu_layers", "distributed"}
     | {"watcher"},
     {"matmul", "losses", "datasets", "model_files", "plots", "timing", "staging", "journal"}
-    | {"metrics", "schedules", "operations", "rounding"},
+    | {"metrics", "schedules", "operations", "rounding", "noise"},
     {"models", "optimizers", "batches", "history", "blocked"}
     | {"gradients", "regression", "checkpoints"},
     {"cpu_populations", "population_runs", "populations", "searches"}
-    | {"cpu_layers", "one_pass", "fused", "fused_populations", "steps", "training"},
+    | {"cpu_layers", "one_pass", "fused", "fused_populations", "steps", "training"}
+    | {"robustness"},
     {"doctor", "recordings", "rivals", "workloads", "peers", "cli", "__main__"},
 ]
 # On one floor, a module may use those to its left.
@@ -51,6 +52,7 @@ NEIGHBOURS += [("cpu_populations", "steps")]
 NEIGHBOURS += [("steps", "population_runs"), ("training", "population_runs")]
 NEIGHBOURS += [("training", "populations"), ("population_runs", "populations")]
 NEIGHBOURS += [(name, "searches") for name in ("training", "population_runs", "populations")]
+NEIGHBOURS += [("steps", "robustness"), ("training", "robustness")]
 NEIGHBOURS += [("models", "gradients"), ("models", "regression")]
 NEIGHBOURS += [("doctor", "cli"), ("recordings", "cli"), ("cli", "__main__")]
 NEIGHBOURS += [("rivals", "workloads"), ("rivals", "peers"), ("workloads", "peers")]
