@@ -18,7 +18,7 @@ from gpuml.fused import FusedStep
 from gpuml.losses import Loss, mean_squared_error
 from gpuml.matmul import CapturedProducts, Precision, checked_precision
 from gpuml.models import MLP, Linear, Model, Parameters
-from gpuml.optimizers import OPTIMIZERS, Optimizer, State
+from gpuml.optimizers import OPTIMIZERS, Optimizer, State, clip_norm
 from gpuml.regression import Gram
 
 Engine: TypeAlias = Literal["eager", "graph", "fused", "one_pass", "gram"]
@@ -147,6 +147,7 @@ class EagerStep:
         )
         self._gradients = self._make_gradients()
         self._method: Callable[[Gradient, Array, Array], Array] | None = None
+        self.clip_norm: float | None = None
         self._total: Any = None  # of the parts so far
         self.state = optimizer.init(model.parameters)
         self._on_cpu: CpuGradient | CpuPopulationGradient | None = None
@@ -165,6 +166,11 @@ class EagerStep:
             self._options,
         )
         self._method = method.prepare(work)
+
+    def _update(self, gradients: Parameters) -> None:
+        if self.clip_norm is not None:
+            clip_norm(gradients, self.clip_norm)
+        self._optimizer.update(self._parameters, gradients, self.state)
 
     def _find_gradient(self, x: Array, y: Array) -> Array:
         if self._method is None:
@@ -187,7 +193,7 @@ class EagerStep:
     def __call__(self, x: Array, y: Array) -> Array:
         """Take a step on a batch; return the loss before it."""
         value = self._find_gradient(x, y)
-        self._optimizer.update(self._parameters, self._gradients, self.state)
+        self._update(self._gradients)
         return value
 
     def part(self, x: Array, y: Array, share: float) -> Array:
@@ -201,7 +207,7 @@ class EagerStep:
 
     def finish(self) -> None:
         """Take the step for which all parts have been added."""
-        self._optimizer.update(self._parameters, self._total, self.state)
+        self._update(self._total)
         self._total.flat[...] = 0
 
 
@@ -386,6 +392,7 @@ def make_step(
     before: str | None = None,
     communicator: Communicator | None = None,
     method: Method | None = None,
+    clip_norm: float | None = None,
 ) -> Step | FusedStep:
     """Put the step together, by the engine that is asked for or the best that can hold it.
 
@@ -406,6 +413,8 @@ def make_step(
         The ranks that share the work, if there are several.
     method : Method, optional
         How the gradients are found, where that is not plain.
+    clip_norm : float, optional
+        How long the gradient may be.
 
     Returns
     -------
@@ -432,7 +441,9 @@ def make_step(
             )
         read_once = _limit("one_pass", model, loss, optimizer, data, precision, None) is None
         kind = "one_pass" if read_once and engine is None and before != "eager" else "eager"
-        return RankStep(model, loss, optimizer, communicator, kind)
+        of_rank = RankStep(model, loss, optimizer, communicator, kind)
+        of_rank.clip_norm = clip_norm
+        return of_rank
     trained = model, loss, optimizer, data
     chosen: list[str] = [engine] if engine else ["fused", "one_pass", "graph", "eager"]
     reasons: list[str] = []
@@ -445,14 +456,17 @@ def make_step(
         reason = _limit(name, *trained, precision, asked) if pays else ""
         if method is not None and name not in ("eager", "graph"):
             reason = f"{method.name} is for the engines eager and graph"
+        if clip_norm is not None and name == "fused":
+            reason = "its kernels do not clip gradients"
         if reason is None and before not in (None, name):
             reasons.append(f"not {name}, since the checkpoint was begun by {before}")
             continue
         if reason is None:
             step: Step | FusedStep = _made(name, *trained, precision)
-            if method is not None:
-                assert isinstance(step, EagerStep)
-                step.use(method)
+            if isinstance(step, EagerStep):
+                step.clip_norm = clip_norm
+                if method is not None:
+                    step.use(method)
             step.reason = "; ".join([*reasons, *filter(None, [step.reason])])
             return step
         if engine:

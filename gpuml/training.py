@@ -109,6 +109,7 @@ def train(
     engine: Engine | None = None,
     precision: Precision | None = None,
     communicator: Communicator | None = None,
+    clip_norm: float | None = None,
     adversarial: Method | None = None,
     progress: bool | None = None,
 ) -> History:
@@ -171,6 +172,9 @@ def train(
         The processes that train this model together. Unless given those that ``mpiexec`` started,
         if it did: each gets the same data and takes its share of the rows of each batch, and all
         end with the same bits. ``gpuml.distributed.Alone()`` for a training of its own.
+    clip_norm : float, optional
+        How long the gradient of a step may be, all parameters together: a longer one is scaled
+        down, so that one odd batch does not undo what others taught.
     adversarial : PGD, optional
         Learn from rows perturbed so that the loss is large: ``gpuml.robustness.PGD(strength=0.1)``.
         The loss in the history is that of perturbed rows; validation data are left as they are.
@@ -217,6 +221,8 @@ def train(
         patience = positive_integer("patience", patience)
         if validation_data is None:
             raise ValueError("patience needs validation_data to watch")
+    if clip_norm is not None:
+        clip_norm = positive_number("clip_norm", clip_norm)
     optimizer = get_optimizer(optimizer)
     communicator = communicator or ranks()
     limit = None if memory_limit is None else parse_size(memory_limit)
@@ -233,7 +239,7 @@ def train(
         options: dict[str, Any] = {"n_epochs": n_epochs, "before": before}
         options["communicator"] = communicator
         method = _method(adversarial, model, data, loss)
-        options["method"] = method
+        options |= {"method": method, "clip_norm": clip_norm}
         step = make_step(model, loss, optimizer, data, engine, precision, **options)
         history = History(
             device=str(model.device),
@@ -268,6 +274,8 @@ def train(
             }
         if precision is not None:  # a file from before there was a precision stays good
             facts["precision"] = precision
+        if clip_norm is not None:
+            facts["clip_norm"] = clip_norm
         if method is not None:
             facts[method.name] = repr(method)
         if several:
@@ -1021,6 +1029,14 @@ def positive_integer(name: str, value: Any) -> int:
     if not is_number or not 1 <= value < math.inf or value != int(value):
         raise ValueError(f"{name} must be a positive integer, got {value!r}")
     return int(value)
+
+
+def positive_number(name: str, value: Any) -> float:
+    """Return a number of any type as a float, or say that it is none, or not positive."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive number, got {value!r}")
+    return float(value)
 
 
 def check_model(model: Any) -> None:
