@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gpuml import metrics as metrics
     from gpuml import plots as plots
+    from gpuml import privacy as privacy
     from gpuml import robustness as robustness
     from gpuml import schedules as schedules
     from gpuml.blocked import BlockReport, blocked_matmul, measure_rates, plan_for
@@ -93,6 +94,7 @@ _MODULES = {
         "Ranking",
         "train_population",
     ),
+    "privacy": (),
     "recordings": ("Recording", "recorded"),
     "regression": ("Gram", "largest_stable_learning_rate", "least_squares"),
     "robustness": (),

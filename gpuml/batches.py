@@ -126,6 +126,86 @@ class ArrayBatches:
         return batches(self._X, self._y, self.batch_size, generator=generator)
 
 
+class PoissonBatches:
+    """Batches of rows drawn by chance, each row of the data by itself: for private training.
+
+    Their sizes differ. So that few shapes have to be captured, batches are filled up to a
+    multiple of a quarter of the usual size with rows whose label is -1, or whose targets are NaN.
+
+    Parameters
+    ----------
+    X, y : array
+        As for :func:`batches`.
+    batch_size : int
+        The mean number of rows in a batch.
+
+    Attributes
+    ----------
+    probability : float
+        With which a row is drawn for a batch: batch_size / n_samples.
+    expected_rows : float
+    n_rows : int
+        How many rows of the last batch are not filled up.
+    """
+
+    streamed = False
+
+    def __init__(self, X: Array, y: Array, batch_size: int) -> None:
+        self.arrays = self._X, self._y = X, y
+        self.n_samples, self.batch_size = len(X), batch_size
+        self.n_steps = -(-len(X) // batch_size)
+        self.probability, self.expected_rows = batch_size / len(X), float(batch_size)
+        self.n_rows = 0
+        self._unit = max(1, batch_size // 4)
+
+    def epoch(self, generator: np.random.Generator | None) -> Iterator[Batch]:
+        """Yield (x, y) of one epoch; without a generator each row once, in order."""
+        if generator is None:
+            for x, y in batches(self._X, self._y, self.batch_size):
+                self.n_rows = len(x)
+                yield x, y
+            return
+        device = device_of(self._X, self._y)
+        missing = -1 if self._y.dtype.kind in "iu" else math.nan
+        row_bytes = self._X[:1].nbytes + self._y[:1].nbytes
+        drawn = deque(self._drawn(generator))
+        while drawn:
+            some: list[Any] = []
+            n_padded = 0
+            while drawn and (not some or n_padded * row_bytes < GATHERED_BYTES):
+                some.append(drawn.popleft())
+                n_padded += self._padded(len(some[-1]))
+            order = np.full(n_padded, -1)
+            starts = [0, *itertools.accumulate(self._padded(len(rows)) for rows in some)]
+            for start, rows in zip(starts, some, strict=False):
+                order[start : start + len(rows)] = rows
+            there = device.asarray(np.maximum(order, 0))
+            chunk_X, chunk_y = self._X.take(there, axis=0), self._y.take(there, axis=0)
+            chunk_y[device.asarray(order < 0)] = missing
+            for start, stop, rows in zip(starts, starts[1:], some, strict=False):
+                self.n_rows = len(rows)
+                yield chunk_X[start:stop], chunk_y[start:stop]
+
+    def _padded(self, n_rows: int) -> int:
+        return max(1, -(-n_rows // self._unit)) * self._unit
+
+    def _drawn(self, generator: np.random.Generator) -> Iterator[np.ndarray[Any, Any]]:
+        """Yield the rows of each batch of an epoch."""
+        n, n_steps = self.n_samples, self.n_steps
+        if self.probability > 0.05:
+            for _ in range(n_steps):
+                yield np.flatnonzero(generator.random(n) < self.probability)
+            return
+        # First how many, then which: rows are drawn until so many are different. That is as
+        # likely to end with one set of them as with another.
+        sizes = generator.binomial(n, self.probability, n_steps)
+        keys = np.empty(0, np.int64)
+        while (lacking := sizes - np.bincount(keys // n, minlength=n_steps)).any():
+            steps = np.repeat(np.arange(n_steps), lacking)
+            keys = np.union1d(keys, steps * n + generator.integers(n, size=len(steps)))
+        yield from np.split(keys % n, np.cumsum(sizes)[:-1])
+
+
 class GivenBatches:
     """Batches from the user: anything that yields (x, y) pairs each time it is iterated over.
 

@@ -7,6 +7,7 @@ be captured into a CUDA graph, and numbers that the host draws would have to be 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -24,7 +25,7 @@ class Noise:
 
     Parameters
     ----------
-    seed : int or None
+    seed : int, sequence of int, or None
         The same gives the same numbers: uniform ones the same bits on every device, normal ones
         on each device. None takes a key from the operating system.
     device : Device
@@ -35,10 +36,11 @@ class Noise:
         The two words of the key, and how many draws there were: all that comes depends on it.
     """
 
-    def __init__(self, seed: int | None, device: Device) -> None:
+    def __init__(self, seed: int | Sequence[int] | None, device: Device) -> None:
         key = np.random.SeedSequence(seed).generate_state(2, np.uint64)
         self.device = device
         self.state = device.asarray(np.array([*key, 0], np.uint64))
+        self._n_draws = self.state[2:]
 
     def uniform(self, shape: tuple[int, ...], dtype: Any) -> Array:
         """Return numbers from -1 to less than 1."""
@@ -81,7 +83,7 @@ class Noise:
     def _words(self, n: int) -> np.ndarray[Any, Any]:
         """Return the next draw of random words, on the host."""
         *key, draw = (int(word) for word in self.state)
-        self.state[2:] += np.uint64(1)
+        self._n_draws += np.uint64(1)
         generator = np.random.Philox(key=np.array(key, np.uint64), counter=[0, draw, 0, 0])
         return np.asarray(generator.random_raw(n))
 
@@ -89,7 +91,7 @@ class Noise:
         kernel = _kernel(function, out.dtype.name)
         blocks = max(1, min(MOST_BLOCKS, -(-out.size // (4 * THREADS))))
         kernel((blocks,), (THREADS,), (self.state, out, np.int64(out.size), *numbers))
-        self.state[2:] += np.uint64(1)
+        self._n_draws += np.uint64(1)
 
 
 def _unit(words: np.ndarray[Any, Any], dtype: Any) -> np.ndarray[Any, Any]:

@@ -432,10 +432,11 @@ def adversarial_accuracy(
             right = model(x).argmax(axis=-1) == labels
             for i in weakest_first:
                 for _ in range(n_restarts if flat[i] else 0):
-                    if not bool(right.any()):
+                    rows = model.device.xp.flatnonzero(right)
+                    if not rows.size:
                         break
-                    moved = made[i](x[right], labels[right])
-                    right[right] = model(moved).argmax(axis=-1) == labels[right]
+                    moved = made[i](x[rows], labels[rows])
+                    right[rows] = model(moved).argmax(axis=-1) == labels[rows]
                 n_right[i] += int(right.sum())
     return (n_right / len(X)).reshape(given.shape)
 
@@ -456,7 +457,7 @@ def _perturbed(
                     best_score = _score(model, best, targets, loss)
                 moved = attack(x, targets)
                 score = _score(model, moved, targets, loss)
-                xp.copyto(best, moved, where=(score > best_score)[:, None])
+                best = xp.where((score > best_score)[:, None], moved, best)
                 best_score = xp.maximum(score, best_score)
             found.append(to_host(best) if home.kind == "cpu" else best)
     return home.xp.concatenate(found)

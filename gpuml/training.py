@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from numbers import Real
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -23,6 +23,7 @@ from gpuml.batches import (
     ArrayBatches,
     Batches,
     GivenBatches,
+    PoissonBatches,
     StreamedBatches,
 )
 from gpuml.blocking import parse_size
@@ -111,6 +112,7 @@ def train(
     communicator: Communicator | None = None,
     clip_norm: float | None = None,
     adversarial: Method | None = None,
+    privacy: PrivacySettings | None = None,
     progress: bool | None = None,
 ) -> History:
     """Train a model in place, on the device where it lives, and return what happened.
@@ -178,6 +180,11 @@ def train(
     adversarial : PGD, optional
         Learn from rows perturbed so that the loss is large: ``gpuml.robustness.PGD(strength=0.1)``.
         The loss in the history is that of perturbed rows; validation data are left as they are.
+    privacy : Privacy, optional
+        Clip each row's gradient and add noise, so that the model tells little about any one row:
+        ``gpuml.privacy.Privacy(noise_multiplier=1.1)``, or ``Privacy(epsilon=3)``. Each batch is
+        drawn by chance, and has `batch_size` rows on average; the history says what is spent.
+        `shuffle` and `seed` have no part in it.
     progress : bool, optional
         Whether to show a progress bar on standard error; if that is a terminal unless given. Of
         several ranks, only the first shows it.
@@ -238,6 +245,11 @@ def train(
         before = None if checkpoint is None else saved_facts(checkpoint).get("engine")
         options: dict[str, Any] = {"n_epochs": n_epochs, "before": before}
         options["communicator"] = communicator
+        if privacy is not None:
+            _check_privacy(privacy, data, shuffle, adversarial, clip_norm)
+            assert isinstance(data, ArrayBatches)
+            data = PoissonBatches(*data.arrays, data.batch_size)
+            adversarial = privacy.method(data, n_epochs)
         method = _method(adversarial, model, data, loss)
         options |= {"method": method, "clip_norm": clip_norm}
         step = make_step(model, loss, optimizer, data, engine, precision, **options)
@@ -251,6 +263,8 @@ def train(
         run = kind(model, data, held_out, loss, step, history)
         run.communicator = communicator
         run.generator = np.random.default_rng(seed) if shuffle else None
+        if privacy is not None:
+            run.generator, run.method = privacy.generator(), method
         run.schedule = None if schedule is None else get_schedule(schedule)
         run.patience = patience
         several = communicator.world_size > 1
@@ -315,6 +329,8 @@ def train(
         history.engine = step.engine
         if several:
             history.notes.append(f"trained by {communicator.world_size} ranks")
+        if privacy is not None:
+            history.notes.append(run.method.note(len(history)))
         if step.reason:
             history.notes.insert(0, f"engine {step.engine}: {step.reason}")
     return history
@@ -344,6 +360,7 @@ class _Run:
         self.patience: int | None = None
         self.checkpoint: _Checkpoint | None = None
         self.communicator: Communicator = Alone()
+        self.method: Any = None  # of private training
         self.ctrl_c = HeldBack(self.communicator)
         self.best: tuple[float, int, Array] | None = None  # validation loss, epoch, weights
         self.flat = model.parameters.flat
@@ -391,6 +408,8 @@ class _Run:
                 factor = factor_of(self.schedule, epoch - 1, n_epochs)
                 set_learning_rate(self.step, self.base_rate, factor)
                 row["learning_rate"] = float(self.base_rate) * factor
+            if self.method is not None:
+                row["epsilon"] = self.method.spent(epoch)
             self._one_epoch(bar)
             self._note(row)
             if each or time.monotonic() - looked > HEARTBEAT / 5:
@@ -416,7 +435,7 @@ class _Run:
             for x, y in self.data.epoch(self.generator):
                 i += 1
                 self.losses[i] = self.step(x, y)
-                self.sizes[i] = len(x)
+                self.sizes[i] = getattr(self.data, "n_rows", len(x))
                 del x, y
                 if time.monotonic() - looked > HEARTBEAT:
                     bad = ~np.isfinite(to_host(self.losses[: i + 1]))  # and so wait for the device
@@ -1070,6 +1089,44 @@ def _check_ranks(communicator: Communicator, settings: dict[str, Any], model: Mo
             f"{communicator.world_size} ranks train on CPUs so far, and the model is on "
             f"{model.device.name}: make it with device='cpu', or set GPUML_DEVICE=cpu"
         )
+
+
+class PrivacySettings(Protocol):
+    """What `train` asks of :class:`gpuml.privacy.Privacy`."""
+
+    def generator(self) -> np.random.Generator:
+        """Return what chooses the rows of each step."""
+        ...
+
+    def method(self, data: PoissonBatches, n_epochs: int) -> Method:
+        """Return how gradients are found."""
+        ...
+
+
+def _check_privacy(
+    privacy: Any,
+    data: Batches,
+    shuffle: bool,
+    adversarial: Any,
+    clip_norm: float | None,
+) -> None:
+    """Refuse what private training cannot do, or would not keep private."""
+    if not hasattr(privacy, "method"):
+        raise TypeError(
+            "privacy must be settings such as gpuml.privacy.Privacy(noise_multiplier=1.1), got "
+            f"{privacy!r}"
+        )
+    if not isinstance(data, ArrayBatches):
+        raise ValueError(
+            "private training draws each batch from all rows, so X and y must be arrays that fit "
+            "on the device: no source of batches, and nothing that is streamed"
+        )
+    if not shuffle:
+        raise ValueError("private training draws its rows by chance: leave shuffle=False away")
+    if adversarial is not None:
+        raise ValueError("adversarial training is not private: give adversarial or privacy")
+    if clip_norm is not None:
+        raise ValueError("private training clips by itself: Privacy(clip_norm=…)")
 
 
 def _method(adversarial: Method | None, model: Model, data: Batches, loss: Loss) -> Method | None:

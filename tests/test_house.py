@@ -31,7 +31,7 @@ FLOORS = [
     | {"gradients", "regression", "checkpoints"},
     {"cpu_populations", "population_runs", "populations", "searches"}
     | {"cpu_layers", "one_pass", "fused", "fused_populations", "steps", "training"}
-    | {"robustness"},
+    | {"robustness", "privacy"},
     {"doctor", "recordings", "rivals", "workloads", "peers", "cli", "__main__"},
 ]
 # On one floor, a module may use those to its left.
@@ -52,12 +52,12 @@ NEIGHBOURS += [("cpu_populations", "steps")]
 NEIGHBOURS += [("steps", "population_runs"), ("training", "population_runs")]
 NEIGHBOURS += [("training", "populations"), ("population_runs", "populations")]
 NEIGHBOURS += [(name, "searches") for name in ("training", "population_runs", "populations")]
-NEIGHBOURS += [("steps", "robustness"), ("training", "robustness")]
+NEIGHBOURS += [(used, name) for used in ("steps", "training") for name in ("robustness", "privacy")]
 NEIGHBOURS += [("models", "gradients"), ("models", "regression")]
 NEIGHBOURS += [("doctor", "cli"), ("recordings", "cli"), ("cli", "__main__")]
 NEIGHBOURS += [("rivals", "workloads"), ("rivals", "peers"), ("workloads", "peers")]
 NEIGHBOURS += [("workloads", "cli"), ("peers", "cli")]
-HEAVY = {"cupy", "cupyx", "matplotlib", "mpi4py", "numba"} | {
+HEAVY = {"cupy", "cupyx", "dp_accounting", "matplotlib", "mpi4py", "numba"} | {
     "jax",
     "safetensors",
     "scipy",

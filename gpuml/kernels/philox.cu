@@ -1,9 +1,10 @@
 // Random numbers by counting: Philox4x64 with ten rounds, the stream of numpy.random.Philox.
 //
 // state: two words of a key, and the number of the draw; nothing here changes it. Each thread
-// takes a counter (i + 1, draw, 0, 0), and its four words are the numbers 4 i to 4 i + 3. Launch
-// with any number of blocks. Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as
-// 1, 2, 3. SC 2011.
+// takes a counter (i + 1, draw, 0, 0), and its four words are the numbers 4 i to 4 i + 3. Salmon,
+// Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3. SC 2011.
+//
+// Launch: philox or philox_normal, with any number of blocks and threads.
 
 #ifndef NUMBER
 #define NUMBER float
