@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from itertools import pairwise
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -189,21 +190,22 @@ class PoissonBatches:
     def _padded(self, n_rows: int) -> int:
         return max(1, -(-n_rows // self._unit)) * self._unit
 
-    def _drawn(self, generator: np.random.Generator) -> Iterator[np.ndarray[Any, Any]]:
-        """Yield the rows of each batch of an epoch."""
-        n, n_steps = self.n_samples, self.n_steps
-        if self.probability > 0.05:
-            for _ in range(n_steps):
-                yield np.flatnonzero(generator.random(n) < self.probability)
-            return
-        # First how many, then which: rows are drawn until so many are different. That is as
-        # likely to end with one set of them as with another.
-        sizes = generator.binomial(n, self.probability, n_steps)
-        keys = np.empty(0, np.int64)
-        while (lacking := sizes - np.bincount(keys // n, minlength=n_steps)).any():
-            steps = np.repeat(np.arange(n_steps), lacking)
-            keys = np.union1d(keys, steps * n + generator.integers(n, size=len(steps)))
-        yield from np.split(keys % n, np.cumsum(sizes)[:-1])
+    def _drawn(self, generator: np.random.Generator) -> list[np.ndarray[Any, Any]]:
+        """Return the rows of each batch of an epoch.
+
+        Row after row and batch after batch, the distance to the next row that is drawn has a
+        geometric distribution: one number for each row that is drawn, and none for the others.
+        """
+        n = self.n_samples
+        places, last = [], -1
+        while last < n * self.n_steps:
+            distances = generator.geometric(self.probability, n + 1)
+            places.append(last + np.cumsum(distances))
+            last = int(places[-1][-1])
+        places_in_epoch = np.concatenate(places)
+        starts = np.searchsorted(places_in_epoch, np.arange(self.n_steps + 1) * n)
+        rows = places_in_epoch % n
+        return [rows[start:stop] for start, stop in pairwise(starts)]
 
 
 class GivenBatches:

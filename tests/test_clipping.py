@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 import gpuml
 from gpuml import MLP, Adam, GradientDescent, Linear, Parameters, to_host
 from gpuml.optimizers import clip_norm
+from gpuml.steps import EagerStep, RankStep
 
 ENGINES = ["eager", "one_pass", "gram"]
 
@@ -86,6 +88,21 @@ def test_parts_of_a_streamed_batch_are_clipped_together(device, rng, tmp_path):
     gpuml.train(models[1], mapped, Y, engine="eager", memory_limit=2000, **options)
     a, b = (to_host(model.parameters.flat) for model in models)
     np.testing.assert_allclose(a, b, rtol=1e-10)
+
+
+def test_a_rank_clips_what_all_ranks_have_added(rng):
+    X, Y = problem(rng)
+    found = []
+    for kind in (RankStep, EagerStep):
+        model = Linear(5, 2, dtype=np.float64, device="cpu")
+        alone = [SimpleNamespace(rank=0, world_size=1, n_threads=1, all_reduce=lambda _: None)]
+        arguments = alone if kind is RankStep else []
+        step = kind(model, gpuml.mean_squared_error, GradientDescent(1.0), *arguments)
+        step.clip_norm = 0.25
+        step(X, Y)
+        found.append(model.parameters.flat)
+    np.testing.assert_allclose(*found, rtol=1e-12)
+    assert math.sqrt((found[0] ** 2).sum()) == pytest.approx(0.25)
 
 
 def test_perceptrons_by_each_engine_that_a_gpu_has(device, rng):
