@@ -71,14 +71,24 @@ class Noise:
             number = out.dtype.type
             self._launch("philox_normal", out, number(keep), number(scale))
             return
-        words = self._words(-(-out.size // 4) * 4).reshape(-1, 2)
-        share = (words[:, 0].astype(out.dtype) + 1) * out.dtype.type(2.0**-64)
-        radius = np.sqrt(-2 * np.log(share))
-        angle = 2 * np.pi * _unit(words[:, 1], out.dtype)
-        normal = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
-        drawn = normal.reshape(-1)[: out.size].reshape(out.shape) * out.dtype.type(scale)
-        drawn = self.device.asarray(drawn)
-        out[...] = out * keep + drawn if keep else drawn
+        words, number = self._words(-(-out.size // 4) * 4).reshape(-1, 2), out.dtype.type
+        radius = _shifted(words[:, 0], 11, number) + number(1)
+        radius *= number(2.0**-53)
+        np.log(radius, out=radius)
+        radius *= number(-2)
+        np.sqrt(radius, out=radius)
+        radius *= number(scale)
+        angle = _unit(words[:, 1], number)
+        angle *= number(2 * np.pi)
+        normal = np.empty(words.shape, number)
+        np.multiply(radius, np.cos(angle), out=normal[:, 0])
+        np.multiply(radius, np.sin(angle), out=normal[:, 1])
+        drawn = self.device.asarray(normal.reshape(-1)[: out.size].reshape(out.shape))
+        if keep:
+            out *= number(keep)
+            out += drawn
+        else:
+            out[...] = drawn
 
     def _words(self, n: int) -> np.ndarray[Any, Any]:
         """Return the next draw of random words, on the host."""
@@ -97,10 +107,15 @@ class Noise:
 def _unit(words: np.ndarray[Any, Any], dtype: Any) -> np.ndarray[Any, Any]:
     """Return numbers from 0 to less than 1, exact in their type."""
     bits = 24 if np.dtype(dtype) == np.float32 else 53
-    units: np.ndarray[Any, Any] = (words >> np.uint64(64 - bits)).astype(dtype) * np.dtype(
-        dtype
-    ).type(2.0**-bits)
+    units = _shifted(words, 64 - bits, dtype)
+    units *= np.dtype(dtype).type(2.0**-bits)
     return units
+
+
+def _shifted(words: np.ndarray[Any, Any], n_bits: int, dtype: Any) -> np.ndarray[Any, Any]:
+    """Return words without their last bits as numbers; signed ones are converted sooner."""
+    shifted: np.ndarray[Any, Any] = (words >> np.uint64(n_bits)).view(np.int64)
+    return shifted.astype(dtype)
 
 
 @cache

@@ -204,7 +204,8 @@ class _Attack:
             numbers = settings.step_size, settings.strength, self._low, self._high
             _step_kernel()(x, gradient, *map(x.dtype.type, numbers), moved)
             return
-        step = xp.sign(gradient, out=gradient)
+        # NumPy's sign takes four times as long.
+        step = xp.subtract(gradient > 0, gradient < 0, dtype=gradient.dtype)
         step *= settings.step_size
         moved += step
         xp.maximum(moved, x - settings.strength, out=moved)

@@ -55,8 +55,8 @@ void philox_normal(const Word* state, Number* out, long long n, Number keep, Num
         Word words[4];
         random_words(i + 1, state, words);
         for (int j = 0; j < 4 && 4 * i + j < n; ++j) {
-            // Of 64 bits, so that the tail is whole: 9.4 standard deviations.
-            const Number share = ((Number)words[j / 2 * 2] + 1) * (Number)0x1p-64;
+            // Of 53 bits, so that the tail is long: 8.5 standard deviations.
+            const Number share = ((Number)(words[j / 2 * 2] >> 11) + 1) * (Number)0x1p-53;
             Number turn;
             unit(words[j / 2 * 2 + 1], turn);
             const Number radius = sqrt(-2 * log(share)), angle = 2 * turn;
