@@ -51,8 +51,9 @@ class Privacy:
     delta : float
         Below one over the number of rows.
     seed : int or None
-        For the choice of rows and the noise. None takes secrets from the operating system; a
-        seed that others know, or a checkpoint that they have, takes the privacy away.
+        For the choice of rows and the noise. None takes secrets from the operating system. A
+        seed that others know, or that served for another training on these rows, takes the
+        privacy away, and so does a checkpoint in the hands of others.
 
     Raises
     ------
@@ -64,7 +65,8 @@ class Privacy:
     The history's column ``epsilon`` holds what is spent after each epoch: with another row added
     or removed, no event becomes more than e^epsilon times as likely, plus delta. It covers the
     rows of `X` and `y`, not how they were prepared, nor validation data, nor the choice among
-    several trainings; the number of rows counts as known. It is for exact numbers: in floating
+    several trainings; the number of rows counts as known. It is said of the model: the losses in
+    the history have no noise. It is for exact numbers: in floating
     point, noise has gaps (Mironov: On Significance of the Least Significant Bits for
     Differential Privacy. 2012). Philox, which draws it, is no cryptographic generator.
 
