@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from os import PathLike
 from typing import Any, Protocol, TypeAlias
@@ -121,6 +121,14 @@ class Backward(Protocol):
     -------
     gradients : Parameters
     d_x : array of shape (…, batch, features) or None
+
+    Notes
+    -----
+    That of :class:`Model` itself can do more, which its subclasses with a `forward` of their own
+    need not: ``parameter_gradients=False`` leaves out the products for the parameters, and
+    returns None and d_x. `row_factors` is called with each layer's inputs and the gradients at
+    its outputs, from the last layer to the first, and returns a factor for each row, of shape
+    (batch, 1), by which the row's share of all gradients is multiplied.
     """
 
     def __call__(
@@ -132,6 +140,9 @@ class Backward(Protocol):
     ) -> tuple[Parameters, Array | None]:
         """Carry the gradient back."""
         ...
+
+
+RowFactors: TypeAlias = Callable[[Sequence[tuple[Array, Array]]], Array]
 
 
 class Model:
@@ -241,24 +252,43 @@ class Model:
             gradients: Parameters | None = None,
             *,
             input_gradient: bool = False,
-        ) -> tuple[Parameters, Array | None]:
-            if gradients is None:
+            parameter_gradients: bool = True,
+            row_factors: RowFactors | None = None,
+        ) -> tuple[Any, Array | None]:
+            if not parameter_gradients:
+                gradients = None
+            elif gradients is None:
                 gradients = parameters.zeros_like()
+            at_once = gradients if row_factors is None else None  # what is written on the way
+            signals: list[Array] = []  # the gradient at each layer's outputs, last layer first
             d = _rounded(d_predictions) if half else d_predictions
             summed = False  # whether the gradient of this layer's bias is written already
             for i in reversed(range(len(layers))):
                 weight, bias = layers[i]
-                d_bias = None if summed else gradients.get(bias)
-                linear_gradient(inputs[i], d, gradients[weight], d_bias, precision=precision)
-                gradients.written(weight, bias)
+                if row_factors is not None:
+                    signals.append(d)
+                if at_once is not None:
+                    d_bias = None if summed else at_once.get(bias)
+                    linear_gradient(inputs[i], d, at_once[weight], d_bias, precision=precision)
+                    at_once.written(weight, bias)
                 if i == 0 and not input_gradient:
-                    return gradients, None
+                    break
                 turned = weights[i].swapaxes(-1, -2)
                 out = _sums(d, turned, parameters.flat.dtype) if half and i == 0 else None
                 d = matmul(d, turned, out, precision=precision)
                 if i > 0:
-                    summed = relu_slope(d, inputs[i], gradients.get(layers[i - 1][1]))
-            return gradients, d
+                    d_bias = at_once.get(layers[i - 1][1]) if at_once is not None else None
+                    summed = relu_slope(d, inputs[i], d_bias)
+            if gradients is not None and row_factors is not None:
+                factors = row_factors(list(zip(reversed(inputs), signals, strict=True)))
+                for i, signal in zip(reversed(range(len(layers))), signals, strict=True):
+                    weight, bias = layers[i]
+                    signal *= factors
+                    d_bias = gradients.get(bias)
+                    options = {"precision": precision}
+                    linear_gradient(inputs[i], signal, gradients[weight], d_bias, **options)
+                    gradients.written(weight, bias)
+            return gradients, d if input_gradient else None
 
         return predictions, backward
 

@@ -27,11 +27,12 @@ FLOORS = [
     | {"nccl", "plain_files", "watcher"},
     {"matmul", "losses", "datasets", "model_files", "plots", "timing", "staging", "journal"}
     | {"sharing"}
-    | {"metrics", "schedules", "operations", "rounding"},
+    | {"metrics", "schedules", "operations", "rounding", "noise"},
     {"models", "optimizers", "batches", "history", "blocked"}
     | {"gradients", "regression", "checkpoints", "buckets"},
     {"cpu_populations", "population_runs", "populations", "searches"}
-    | {"cpu_layers", "one_pass", "fused", "fused_populations", "steps", "training"},
+    | {"cpu_layers", "one_pass", "fused", "fused_populations", "steps", "training"}
+    | {"robustness", "privacy"},
     {"doctor", "recordings", "rivals", "workloads", "peers", "scaling", "cli", "__main__"},
 ]
 # On one floor, a module may use those to its left.
@@ -54,12 +55,13 @@ NEIGHBOURS += [("cpu_populations", "steps")]
 NEIGHBOURS += [("steps", "population_runs"), ("training", "population_runs")]
 NEIGHBOURS += [("training", "populations"), ("population_runs", "populations")]
 NEIGHBOURS += [(name, "searches") for name in ("training", "population_runs", "populations")]
+NEIGHBOURS += [(used, name) for used in ("steps", "training") for name in ("robustness", "privacy")]
 NEIGHBOURS += [("models", "gradients"), ("models", "regression")]
 NEIGHBOURS += [("doctor", "cli"), ("recordings", "cli"), ("cli", "__main__")]
 NEIGHBOURS += [("rivals", "workloads"), ("rivals", "peers"), ("workloads", "peers")]
 NEIGHBOURS += [("workloads", "cli"), ("peers", "cli")]
 NEIGHBOURS += [("workloads", "scaling"), ("scaling", "cli")]
-HEAVY = {"cupy", "cupyx", "matplotlib", "mpi4py", "numba"} | {
+HEAVY = {"cupy", "cupyx", "dp_accounting", "matplotlib", "mpi4py", "numba"} | {
     "jax",
     "safetensors",
     "scipy",

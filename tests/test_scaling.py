@@ -304,8 +304,8 @@ def test_the_slowest_rank_counts(monkeypatch):
     from time import sleep
 
     class Slow(distributed.SimulatedRank):
-        def all_reduce(self, array):
-            super().all_reduce(array)
+        def all_reduce(self, array, *, mean=False):
+            super().all_reduce(array, mean=mean)
             if self.rank == 1:
                 sleep(0.004)
 
