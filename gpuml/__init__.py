@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from gpuml import metrics as metrics
     from gpuml import plots as plots
+    from gpuml import privacy as privacy
+    from gpuml import robustness as robustness
     from gpuml import schedules as schedules
     from gpuml.blocked import BlockReport, blocked_matmul, measure_rates, plan_for
     from gpuml.blocking import BlockPlan, Rates
@@ -92,8 +94,10 @@ _MODULES = {
         "Ranking",
         "train_population",
     ),
+    "privacy": (),
     "recordings": ("Recording", "recorded"),
     "regression": ("Gram", "largest_stable_learning_rate", "least_squares"),
+    "robustness": (),
     "schedules": (),
     "searches": ("successive_halving",),
     "timing": (

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from itertools import pairwise
 from typing import Any, Protocol, TypeAlias
 
 import numpy as np
@@ -176,6 +177,87 @@ def shares(data: Batches, generator: np.random.Generator | None, share: Share) -
         n_rows = len(x)
         yield x[share(n_rows)], y[share(n_rows)], n_rows
         del x, y  # before the next chunk takes as much again
+
+
+class PoissonBatches:
+    """Batches of rows drawn by chance, each row of the data by itself: for private training.
+
+    Their sizes differ. So that few shapes have to be captured, batches are filled up to a
+    multiple of a quarter of the usual size with rows whose label is -1, or whose targets are NaN.
+
+    Parameters
+    ----------
+    X, y : array
+        As for :func:`batches`.
+    batch_size : int
+        The mean number of rows in a batch.
+
+    Attributes
+    ----------
+    probability : float
+        With which a row is drawn for a batch: batch_size / n_samples.
+    expected_rows : float
+    n_rows : int
+        How many rows of the last batch are not filled up.
+    """
+
+    streamed = False
+
+    def __init__(self, X: Array, y: Array, batch_size: int) -> None:
+        self.arrays = self._X, self._y = X, y
+        self.n_samples, self.batch_size = len(X), batch_size
+        self.n_steps = -(-len(X) // batch_size)
+        self.probability, self.expected_rows = batch_size / len(X), float(batch_size)
+        self.n_rows = 0
+        self._unit = max(1, batch_size // 4)
+
+    def epoch(self, generator: np.random.Generator | None) -> Iterator[Batch]:
+        """Yield (x, y) of one epoch; without a generator each row once, in order."""
+        if generator is None:
+            for x, y in batches(self._X, self._y, self.batch_size):
+                self.n_rows = len(x)
+                yield x, y
+            return
+        device = device_of(self._X, self._y)
+        missing = -1 if self._y.dtype.kind in "iu" else math.nan
+        row_bytes = self._X[:1].nbytes + self._y[:1].nbytes
+        drawn = deque(self._drawn(generator))
+        while drawn:
+            some: list[Any] = []
+            n_padded = 0
+            while drawn and (not some or n_padded * row_bytes < GATHERED_BYTES):
+                some.append(drawn.popleft())
+                n_padded += self._padded(len(some[-1]))
+            order = np.full(n_padded, -1)
+            starts = [0, *itertools.accumulate(self._padded(len(rows)) for rows in some)]
+            for start, rows in zip(starts, some, strict=False):
+                order[start : start + len(rows)] = rows
+            there = device.asarray(np.maximum(order, 0))
+            chunk_X, chunk_y = self._X.take(there, axis=0), self._y.take(there, axis=0)
+            chunk_y[device.asarray(order < 0)] = missing
+            for start, stop, rows in zip(starts, starts[1:], some, strict=False):
+                self.n_rows = len(rows)
+                yield chunk_X[start:stop], chunk_y[start:stop]
+
+    def _padded(self, n_rows: int) -> int:
+        return max(1, -(-n_rows // self._unit)) * self._unit
+
+    def _drawn(self, generator: np.random.Generator) -> list[np.ndarray[Any, Any]]:
+        """Return the rows of each batch of an epoch.
+
+        Row after row and batch after batch, the distance to the next row that is drawn has a
+        geometric distribution: one number for each row that is drawn, and none for the others.
+        """
+        n = self.n_samples
+        places, last = [], -1
+        while last < n * self.n_steps:
+            distances = generator.geometric(self.probability, n + 1)
+            places.append(last + np.cumsum(distances))
+            last = int(places[-1][-1])
+        places_in_epoch = np.concatenate(places)
+        starts = np.searchsorted(places_in_epoch, np.arange(self.n_steps + 1) * n)
+        rows = places_in_epoch % n
+        return [rows[start:stop] for start, stop in pairwise(starts)]
 
 
 class GivenBatches:

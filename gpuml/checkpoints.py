@@ -7,18 +7,19 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
 from gpuml.devices import Array, device_of, to_host
-from gpuml.errors import CheckpointError, ModelFileError
+from gpuml.errors import CheckpointError, GpumlError, ModelFileError, printable
 from gpuml.journal import fingerprint
 from gpuml.memory_maps import in_memory
-from gpuml.model_files import checksum, load_arrays, replacing
+from gpuml.model_files import checksum, load_arrays, load_metadata, replacing
+from gpuml.plain_files import parse_json
 
 # A file of a later format is refused, by this number. Raise it when older versions of gpuml
 # would read a file wrongly.
@@ -32,7 +33,10 @@ BLOCK_BYTES = 32 * 2**20
 SAMPLED_BLOCKS = 256
 SAMPLED_BYTES = 2**20
 
+LONGEST_HEADER = 100_000_000  # bytes, which is what safetensors itself reads at most
+
 CURE = "delete the file to begin anew"
+KINDS = {"b": "bools", "i": "integers", "u": "integers", "f": "floats"}
 DIFFERENCES_SHOWN = 3
 LONGEST_SHOWN = 80  # characters of a value in a message
 
@@ -133,7 +137,7 @@ def load_checkpoint(
     >>> folder.cleanup()
     """
     try:
-        arrays, metadata = load_arrays(path)
+        arrays, metadata = load_arrays(path, longest_header=LONGEST_HEADER)
     except ModelFileError as error:
         raise CheckpointError(f"cannot resume: {error}; {CURE}") from None
     if KEY not in metadata:
@@ -141,14 +145,20 @@ def load_checkpoint(
         raise CheckpointError(f"cannot resume: {path} is no checkpoint, but {kind}")
     description = _description(path, metadata[KEY])
     stated = description.pop("sha256", None)
-    if stated != checksum(arrays, json.dumps(description, sort_keys=True)):
+    try:
+        found = checksum(arrays, json.dumps(description, sort_keys=True))
+    except RecursionError:
+        raise CheckpointError(f"cannot resume: {path} is no checkpoint: nested too deep") from None
+    if stated != found:
         raise CheckpointError(
             f"cannot resume: {path} is damaged: its checksum does not fit; {CURE}"
         )
     try:
         state, before = dict(description["state"]), dict(description["facts"])
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"cannot resume: {path} is no checkpoint: {error!r}") from None
+        raise CheckpointError(
+            f"cannot resume: {path} is no checkpoint: {printable(repr(error))}"
+        ) from None
     _compare(path, before, _plain(facts, "facts"))
     return arrays, state
 
@@ -164,13 +174,77 @@ def saved_facts(path: str | PathLike[str]) -> dict[str, Any]:
     -------
     dict of str
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="numpy") as file:
-            return dict(json.loads(file.metadata()[KEY])["facts"])
-    except (OSError, SafetensorError, ValueError, TypeError, KeyError, RecursionError):
+        metadata = load_metadata(path, longest_header=LONGEST_HEADER)
+        return dict(parse_json(metadata[KEY])["facts"])
+    except (OSError, GpumlError, ValueError, TypeError, KeyError):
         return {}
+
+
+@contextmanager
+def reading_state(path: str | PathLike[str]) -> Iterator[None]:
+    """Refuse a state that lacks what a run needs, or has something else in its place."""
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except (LookupError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+        raise CheckpointError(
+            f"cannot resume: {path} does not fit the run: {printable(repr(error))}; {CURE}"
+        ) from None
+
+
+def check_contents(
+    path: str | PathLike[str],
+    arrays: Mapping[str, np.ndarray[Any, Any]],
+    columns: Any,
+    expected: Mapping[str, Array],
+) -> None:
+    """Refuse arrays and a history that no run of the same facts can have written.
+
+    Parameters
+    ----------
+    path : path
+        For the message.
+    arrays : mapping of str to numpy.ndarray
+        From the file.
+    columns : dict of str to list
+        Of the history in the file.
+    expected : mapping of str to array
+        Of which shapes and kinds the arrays must be. The weights must be finite as well.
+
+    Raises
+    ------
+    CheckpointError
+    """
+
+    def refuse(why: str) -> NoReturn:
+        raise CheckpointError(f"cannot resume: {path} does not fit the run: {why}; {CURE}")
+
+    for name in [*expected, *arrays]:
+        found, wanted = (
+            f"of {KINDS[table[name].dtype.kind]} and shape {table[name].shape}"
+            if name in table
+            else "none"
+            for table in (arrays, expected)
+        )
+        if found != wanted:
+            refuse(f"{printable(name)} should be {wanted}, the file has {found}")
+    for name in "weights", "best":
+        if name in arrays and not np.isfinite(arrays[name]).all():
+            refuse(f"{name} has numbers that are not finite")
+    if not isinstance(columns, dict) or not all(
+        isinstance(column, list) and all(type(v) in (int, float) for v in column)
+        for column in columns.values()
+    ):
+        refuse("its history is no table of numbers")
+    epochs = columns.get("epoch", [])
+    if any(len(column) != len(epochs) for column in columns.values()) or (
+        epochs != list(range(1, len(epochs) + 1))
+    ):
+        refuse("its history does not count the epochs")
+    if columns and "seconds" not in columns:
+        refuse("its history lacks the seconds")
 
 
 def fingerprint_data(X: Array, y: Array | None = None) -> dict[str, str]:
@@ -268,12 +342,16 @@ def _plain(value: Any, place: str) -> Any:
 def _description(path: str | PathLike[str], text: str) -> dict[str, Any]:
     """Return the description of a file in a format that this version knows."""
     try:
-        description = json.loads(text)
+        description = parse_json(text)
         written = description["format"]
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"cannot resume: {path} is no checkpoint: {error!r}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"cannot resume: {path} is no checkpoint: {printable(repr(error))}"
+        ) from None
     if type(written) is not int or written < 1:
-        raise CheckpointError(f"cannot resume: {path} is no checkpoint: format {written!r}")
+        raise CheckpointError(
+            f"cannot resume: {path} is no checkpoint: format {printable(written)}"
+        )
     if written > FORMAT:
         raise CheckpointError(
             f"cannot resume: {path} is from a newer gpuml, in format {written}, and this version "
@@ -297,7 +375,7 @@ def _differences(before: Any, now: Any, place: str) -> Iterator[str]:
     """Yield a phrase for each entry that differs; dicts are compared entry by entry."""
     if isinstance(before, dict) and isinstance(now, dict):
         for name in before | now:
-            inner = f"{place}, {name}" if place else name
+            inner = f"{place}, {printable(name)}" if place else printable(name)
             yield from _differences(before.get(name, _NONE), now.get(name, _NONE), inner)
     elif before != now and _text(before) != _text(now):  # NaN is not equal to NaN, but the same
         yield f"{place} was {_shown(before)} and is {_shown(now)}"
@@ -311,8 +389,7 @@ def _text(value: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    text = value if isinstance(value, str) else _text(value)
-    return text if len(text) <= LONGEST_SHOWN else text[: LONGEST_SHOWN - 1] + "…"
+    return printable(value if isinstance(value, str) else _text(value), LONGEST_SHOWN)
 
 
 def _leftovers(path: Path) -> list[Path]:

@@ -290,6 +290,9 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     predict.add_argument("model", metavar="MODEL", help="model.safetensors of a run, or its folder")
     predict.add_argument("data", metavar="DATA", help="what to predict for; as for gpuml train")
     predict.add_argument("--output", metavar="FILE", help="where to write (standard output)")
+    predict.add_argument(
+        "--sha256", metavar="DIGITS", help="refuse a MODEL with another SHA-256 (any will do)"
+    )
     predict.add_argument("--overwrite", action="store_true", help="replace FILE (off)")
     predict.add_argument("--device", help=DEVICE_HELP)
 
@@ -778,6 +781,8 @@ def _figure(value: float) -> str:
 
 
 def _report(options: argparse.Namespace, job: _Job, history: History, folder: Path) -> str:
+    from gpuml.model_files import file_sha256
+
     data, model, held_out = job.data, job.model, job.raw_held_out
     what = f"{model.sizes[-1]} classes" if job.task == "classification" else "regression"
     batch = _count(history.batch_size, "row")
@@ -796,16 +801,19 @@ def _report(options: argparse.Namespace, job: _Job, history: History, folder: Pa
         "held out": f"{n_test}: {_quality(model, history, *held_out)}",
         "time": f"{history.seconds:.2f} s, {history.samples_per_second:,.0f} samples/s",
         "results": f"{folder}{os.sep} with {', '.join(RESULTS)}",
+        "sha256": f"{file_sha256(folder / MODEL_FILE)} of {MODEL_FILE}",
     }
     return "\n".join(f"{name:<9} {text}" for name, text in lines.items())
 
 
 def _constant(preprocessing: Preprocessing | None) -> dict[str, str]:
     """Say which features do not vary, if there are any."""
+    from gpuml.errors import printable
+
     names = preprocessing.constant_names if preprocessing else ()
     if not names:
         return {}
-    shown = ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+    shown = ", ".join(map(printable, names[:4])) + (", …" if len(names) > 4 else "")
     return {"constant": f"{_count(len(names), 'feature')}, kept as zeros: {shown}"}
 
 
@@ -854,13 +862,14 @@ def _apply(model: Model, X: HostArray) -> tuple[HostArray, HostArray]:
 
 def _predict(options: argparse.Namespace) -> int:
     from gpuml.datasets import load_dataset
+    from gpuml.errors import printable
     from gpuml.model_files import replacing
     from gpuml.models import load_model
 
     with _finding_faults():
         path = Path(options.model)
         file = path / MODEL_FILE if path.is_dir() else path
-        model = load_model(file, device=_device(options))
+        model = load_model(file, device=_device(options), sha256=options.sha256)
         names = model.preprocessing.feature_names if model.preprocessing else ()
         data = load_dataset(options.data, feature_names=names)
         if data.X.shape[1] != model.sizes[0]:
@@ -873,6 +882,8 @@ def _predict(options: argparse.Namespace) -> int:
         outputs, answers = _apply(model, data.X)
     text = _predictions(outputs, answers, model.preprocessing)
     if options.output is None:
+        if sys.stdout.isatty():  # which would obey some characters in the names of classes
+            text = "\n".join(printable(line, len(line)) for line in text.split("\n"))
         sys.stdout.write(text)
         sys.stdout.flush()
         return DONE

@@ -8,17 +8,18 @@ from __future__ import annotations
 import csv
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TextIO, TypeAlias
 
 import numpy as np
 
 from gpuml.devices import device_of
-from gpuml.errors import DataError, unknown_name
+from gpuml.errors import DataError, printable, unknown_name
+from gpuml.plain_files import read_npy, read_npz, within_memory
 
 HostArray: TypeAlias = np.ndarray[Any, Any]
 Task: TypeAlias = Literal["classification", "regression"]
@@ -27,6 +28,13 @@ BUILT_IN = ("breast_cancer", "diabetes", "digits", "iris", "wine")
 
 # A column of whole numbers with at most this many different ones is taken for classes.
 MOST_NUMERIC_CLASSES = 30
+
+# What a table from others may take: a wider one is a mistake, or made to do harm.
+MOST_COLUMNS = 100_000
+LONGEST_LINE = 16 * 2**20  # characters
+
+# Names of equal length are kept for all rows: a long one among many rows would take so many bytes.
+MOST_TEXT = 256 * 2**20
 
 _TRUTH = {"true": 1.0, "false": 0.0}  # in any case of letters
 
@@ -210,7 +218,9 @@ class Preprocessing:
         labels: HostArray = np.searchsorted(classes, y).clip(max=len(classes) - 1)
         unknown = classes[labels] != y
         if unknown.any():
-            raise DataError(f"class {y[unknown][0]} is not among those of the training data")
+            raise DataError(
+                f"class {printable(y[unknown][0])} is not among those of the training data"
+            )
         return labels
 
     def answers(self, outputs: HostArray) -> HostArray:
@@ -258,6 +268,7 @@ class Preprocessing:
         cls, arrays: Mapping[str, HostArray], options: Mapping[str, Any]
     ) -> Preprocessing:
         """Make again what :meth:`to_arrays` took apart; KeyError or ValueError if parts miss."""
+        check_entries(options, ("classes", "feature_names", "target_name", "constant_features"))
         classes, feature_names = tuple(options["classes"]), tuple(options["feature_names"])
         names = {"mean", "scale"} | (set() if classes else {"target_mean", "target_scale"})
         if set(arrays) != names:
@@ -269,6 +280,8 @@ class Preprocessing:
             raise ValueError("the classes must be all text or all numbers")
         elif list(classes) != sorted(set(classes)):
             raise ValueError("the classes must be sorted and different")
+        else:
+            _check_loaded_classes(classes)
         if not all(isinstance(name, str) for name in [*feature_names, options["target_name"]]):
             raise ValueError("the names of the columns must be text")
         if len(feature_names) not in (0, len(arrays["mean"])):
@@ -333,6 +346,10 @@ def load_dataset(
     ------
     DataError
         If it is missing, empty, damaged, not numeric, not finite, ragged; the message says where.
+        If it is made to do harm: no code in it is run, and sizes are checked before memory is
+        taken.
+    DeviceMemoryError
+        If it takes more memory than is free.
 
     References
     ----------
@@ -351,11 +368,14 @@ def load_dataset(
             raise DataError(f"there is no file {file}")
         if file.stat().st_size == 0:
             raise DataError(f"{file} is empty")
-    if kind == ".csv":
-        return _read_csv(path, target_column, feature_names)
-    if kind == ".npz":
-        return _read_npz(path)
-    return _read_npy(path, None if target is None else Path(target))
+    with within_memory(path):
+        if kind == ".csv":
+            return _read_csv(path, target_column, feature_names)
+        if kind == ".npz":
+            arrays = read_npz(path, ("X", "y"))
+            return _checked(path.name, arrays["X"], arrays.get("y"))
+        y = None if target is None else read_npy(Path(target))
+        return _checked(path.name, read_npy(path), y)
 
 
 def split(
@@ -494,6 +514,29 @@ def _classes(y: HostArray) -> tuple[Any, ...]:
     return tuple(_without_points(different).tolist())
 
 
+def _check_loaded_classes(classes: tuple[Any, ...]) -> None:
+    """Refuse classes that NumPy cannot hold, or only with far more memory than a file has."""
+    if type(classes[0]) is str:
+        n_bytes = 4 * len(classes) * max(map(len, classes))
+        if n_bytes > MOST_TEXT:
+            raise ValueError(f"the names of the classes would take {n_bytes:,} bytes")
+        if any(name.endswith("\0") for name in classes):
+            raise ValueError("the name of a class ends with a zero byte")
+    elif type(classes[0]) is float and not np.isfinite(classes).all():
+        raise ValueError("the classes must be finite")
+    elif type(classes[0]) is int and not -(2**63) <= classes[0] <= classes[-1] < 2**63:
+        raise ValueError("the classes must have at most 64 bits")
+
+
+def check_entries(table: Mapping[str, Any], known: Sequence[str]) -> None:
+    """Refuse what a newer version may have written, and this one would ignore; ValueError."""
+    for name in table:
+        if name not in known:
+            raise ValueError(
+                f"it has an entry '{printable(name)}', which this version of gpuml does not know"
+            )
+
+
 def _check_scales(mean: HostArray, scale: HostArray) -> None:
     """Refuse what :func:`_mean_and_scale` cannot have made."""
     if mean.ndim != 1 or mean.shape != scale.shape or not len(mean):
@@ -528,50 +571,6 @@ def _built_in(name: str) -> Dataset:
     return Dataset(name, bunch.data, y, names, "target", same_unit=name == "digits")
 
 
-def _read_npz(path: Path) -> Dataset:
-    with _reading(path):
-        arrays = np.load(path, allow_pickle=False)
-    if isinstance(arrays, np.ndarray):
-        raise DataError(f"{path} is not an archive of arrays, but one array: name it .npy")
-    with arrays:
-        names = {name.lower(): name for name in arrays.files}
-        if "x" not in names:
-            found = ", ".join(arrays.files) or "none"
-            raise DataError(f"{path} needs arrays named X and y, it has: {found}")
-        with _reading(path):
-            X = arrays[names["x"]]
-            y = arrays[names["y"]] if "y" in names else None
-    if not isinstance(X, np.ndarray) or not isinstance(y, np.ndarray | None):
-        raise DataError(f"{path} is damaged: X and y in it are not arrays")
-    return _checked(path.name, X, y)
-
-
-def _read_npy(path: Path, target: Path | None) -> Dataset:
-    loaded = []
-    for file in [path] if target is None else [path, target]:
-        with _reading(file):
-            loaded.append(np.load(file, allow_pickle=False))
-        if not isinstance(loaded[-1], np.ndarray):
-            raise DataError(f"{file} is not an .npy file, but an archive: name it .npz")
-    return _checked(path.name, loaded[0], loaded[1] if target is not None else None)
-
-
-@contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Say in one way whatever NumPy raises about a file that it cannot read."""
-    try:
-        yield
-    except MemoryError:
-        raise
-    except Exception as error:  # of zlib, tokenize, struct, zipfile: damage shows in many ways
-        if "Object arrays cannot be loaded" in str(error):
-            raise DataError(
-                f"{path} holds an object array, which only pickle can read, and a pickle can run "
-                "any program: save it as numbers, e.g. np.save(path, array.astype(float))"
-            ) from None
-        raise DataError(f"{path} is damaged, or not the kind of file that its name says") from None
-
-
 def _checked(name: str, X: HostArray, y: HostArray | None) -> Dataset:
     """Refuse arrays that no model can be trained on; the message says what and where."""
     if X.ndim != 2:
@@ -583,22 +582,23 @@ def _checked(name: str, X: HostArray, y: HostArray | None) -> Dataset:
         raise DataError(f"X in {name} is not numeric, but of type {X.dtype}")
     if 0 in X.shape:
         raise DataError(f"X in {name} is empty: its shape is {X.shape}")
-    X = X.astype(np.float64)
+    with np.errstate(over="ignore"):  # of numbers of 80 bits
+        X = X.astype(np.float64, copy=False)
     _refuse_non_finite(f"X in {name}", X)
     if y is None:
         return Dataset(name, X, None)
     if y.ndim == 2 and y.shape[1] == 1:
         y = y[:, 0]
-    if y.ndim not in (1, 2):
+    if y.ndim not in (1, 2) or 0 in y.shape[1:]:
         raise DataError(f"y in {name} has shape {y.shape}, expected (n_samples,)")
     if len(y) != len(X):
         raise DataError(f"X in {name} has {len(X)} rows, y has {len(y)}: they must agree")
     if y.dtype.kind not in "fiubU":
         raise DataError(f"y in {name} is neither numbers nor text, but of type {y.dtype}")
-    if y.dtype.kind == "f":
-        _refuse_non_finite(f"y in {name}", y.reshape(len(y), -1))
     if y.dtype.kind in "fiu":
-        y = y.astype(np.float64)
+        with np.errstate(over="ignore"):
+            y = y.astype(np.float64, copy=False)
+        _refuse_non_finite(f"y in {name}", y.reshape(len(y), -1))
     return Dataset(name, X, y)
 
 
@@ -622,7 +622,7 @@ class _Layout:
     names: list[str]  # the same if it is a header, else none
     n_header_lines: int  # a quoted name may go over several
     used: list[int]  # columns with features, in the order wanted
-    truths: list[int]  # those of them that hold true and false
+    truths: frozenset[int]  # those of them that hold true and false
     target: int | None
 
     @property
@@ -638,7 +638,7 @@ def _read_csv(
     layout = _layout(path, target_column, feature_names)
     X, y, fault = _load_table(path, layout)
     if fault is not None:
-        raise DataError(_first_bad_cell(path, layout) or f"{path}: {fault}")
+        raise DataError(_first_bad_cell(path, layout) or f"{path}: {printable(fault, 200)}")
     if not len(X):
         raise DataError(f"{path} has a header but no rows")
     names = tuple(layout.names[i] for i in layout.used) if layout.names else ()
@@ -654,6 +654,8 @@ def _layout(path: Path, target_column: str | None, feature_names: Sequence[str] 
         raise DataError(f"{path} is not a text file of comma-separated values: {error}") from None
     if cells in ([], [""]):
         raise DataError(f"{path} is empty")
+    if len(cells) > MOST_COLUMNS:
+        raise DataError(_too_wide(path))
     target = None
     if feature_names is None:
         target = _target_index(path, cells, target_column)
@@ -665,7 +667,7 @@ def _layout(path: Path, target_column: str | None, feature_names: Sequence[str] 
     # A header is a first row without a single number among the features.
     names = [] if any(_is_value(cells[i]) for i in used) else cells
     row = second if names else cells
-    truths = [i for i in used if i < len(row) and row[i].lower() in _TRUTH]
+    truths = frozenset(i for i in used if i < len(row) and row[i].lower() in _TRUTH)
     layout = _Layout(delimiter, cells, names, n_lines if names else 0, used, truths, target)
     if names:
         _check_names(path, layout)
@@ -674,20 +676,29 @@ def _layout(path: Path, target_column: str | None, feature_names: Sequence[str] 
     return layout
 
 
+def _too_wide(path: Path) -> str:
+    return (
+        f"{path} has more than {MOST_COLUMNS:,} columns: if rows and columns are exchanged, turn "
+        "it, else save it by np.save(path, X)"
+    )
+
+
 def _check_names(path: Path, layout: _Layout) -> None:
     """Refuse a header that leaves a column without a name of its own."""
     names = layout.names
-    twice = [name for name in names if names.count(name) > 1]
+    twice = {name for name, n in Counter(names).items() if n > 1}
     for column in sorted(layout.read):
         if not names[column]:
             cure = "name it, or leave it out"
             if column == 0:
                 cure = "leave it out, in pandas to_csv(index=False), in R row.names = FALSE"
             elif column == len(names) - 1:
-                cure = f"if each line ends with a '{layout.delimiter}', remove that"
+                cure = f"if each line ends with a '{printable(layout.delimiter)}', remove that"
             raise DataError(f"{path}: column {column + 1} has no name: {cure}")
         if names[column] in twice:
-            raise DataError(f"{path} has several columns named '{names[column]}': rename them")
+            raise DataError(
+                f"{path} has several columns named '{printable(names[column])}': rename them"
+            )
 
 
 def _refuse_numbers_for_names(path: Path, layout: _Layout, second: Sequence[str]) -> None:
@@ -696,8 +707,9 @@ def _refuse_numbers_for_names(path: Path, layout: _Layout, second: Sequence[str]
         name, below = layout.cells[column], second[column] if column < len(second) else ""
         if name and not _is_value(name) and _is_number(below):
             raise DataError(
-                f"{path}: row 1 looks like a header with numbers for names ('{name}' stands over "
-                f"{below}): rename the columns; if it is a row of data, write a header above it"
+                f"{path}: row 1 looks like a header with numbers for names ('{printable(name)}' "
+                f"stands over {printable(below)}): rename the columns; if it is a row of "
+                "data, write a header above it"
             )
 
 
@@ -732,25 +744,53 @@ def _load_table(path: Path, layout: _Layout) -> tuple[HostArray, HostArray | Non
         return table, None, f"{len(layout.cells)} columns at first, then {table.shape[1]}"
     y = None
     if layout.target is not None:
+        _refuse_long_names(path, codes, len(table))
         y = _numbers_or_names(list(codes))[table[:, layout.target].astype(np.int64)]
         if y.dtype.kind != "f" and sum(map(_is_number, codes)) > MOST_NUMERIC_CLASSES:
             row = next(i for i, cell in enumerate(y) if not _is_number(cell))
             raise DataError(
-                f"{path}: the target is a number in most rows, but '{y[row]}' in row {row + 1}"
+                f"{path}: the target is a number in most rows, but '{printable(y[row])}' in row "
+                f"{row + 1}"
             )
     X = table[:, layout.used]
     finite = np.isfinite(X).all() and (y is None or y.dtype.kind != "f" or np.isfinite(y).all())
     return X, y, None if finite and "" not in codes else "it is not finite"
 
 
+def _refuse_long_names(path: Path, names: Iterable[str], n_rows: int) -> None:
+    """Refuse names of classes that would take far more memory than the file is long."""
+    longest = max(names, key=len, default="")
+    n_bytes = 4 * n_rows * len(longest)
+    if n_bytes > max(MOST_TEXT, 8 * path.stat().st_size) and not _is_number(longest):
+        raise DataError(
+            f"{path}: the target has a name of {len(longest):,} characters, '{printable(longest)}',"
+            f" which for {n_rows:,} rows would take {n_bytes:,} bytes: name another column, or "
+            "shorten the names"
+        )
+
+
+def _lines(path: Path, file: TextIO) -> Iterator[str]:
+    """Yield the lines of a file; refuse one so long that no table has it."""
+    number = 0
+    while line := file.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(line) > LONGEST_LINE:
+            raise DataError(
+                f"{path} is no table: line {number} has more than {LONGEST_LINE:,} characters"
+            )
+        if max(map(line.count, ",;\t")) > MOST_COLUMNS:
+            raise DataError(_too_wide(path))
+        yield line
+
+
 def _first_rows(path: Path) -> tuple[str, list[str], list[str], int]:
     """Return the delimiter, the cells of two rows, and the number of lines of the first."""
     with path.open(encoding="utf-8-sig", newline="") as file:
-        line = next((line for line in file if line.strip()), "")
+        line = next((line for line in _lines(path, file) if line.strip()), "")
         outside_quotes = re.sub('"[^"]*("|$)', "", line)
         delimiter = max(",;\t", key=outside_quotes.count)
         file.seek(0)
-        reader = csv.reader(file, delimiter=delimiter)
+        reader = csv.reader(_lines(path, file), delimiter=delimiter)
         rows = ([cell.strip() for cell in row] for row in reader if row)
         first, n_lines = next(rows, []), reader.line_num
         return delimiter, first, next(rows, []), n_lines
@@ -768,7 +808,8 @@ def _target_index(path: Path, cells: Sequence[str], target_column: str | None) -
 
 def _feature_indices(path: Path, cells: Sequence[str], feature_names: Sequence[str]) -> list[int]:
     """Return where the named columns are; all columns where there are no names."""
-    missing = [name for name in feature_names if name not in cells]
+    places = {name: i for i, name in reversed([*enumerate(cells)])}  # the first of each
+    missing = [name for name in feature_names if name not in places]
     if len(missing) == len(feature_names):
         if not feature_names or any(map(_is_value, cells)):
             return list(range(len(cells)))
@@ -777,12 +818,16 @@ def _feature_indices(path: Path, cells: Sequence[str], feature_names: Sequence[s
             f"{_listed(feature_names)}: name them so, or give the table without a header"
         )
     if missing:
-        raise DataError(f"{path} lacks the column '{missing[0]}' that the model was trained on")
-    return [cells.index(name) for name in feature_names]
+        raise DataError(
+            f"{path} lacks the column '{printable(missing[0])}' that the model was trained on"
+        )
+    return [places[name] for name in feature_names]
 
 
 def _listed(names: Sequence[str], most: int = 8) -> str:
-    return ", ".join(names[:most]) + (f", … ({len(names)} in all)" if len(names) > most else "")
+    return ", ".join(map(printable, names[:most])) + (
+        f", … ({len(names)} in all)" if len(names) > most else ""
+    )
 
 
 def _numbers_or_names(cells: Sequence[str]) -> HostArray:
@@ -808,33 +853,37 @@ def _first_bad_cell(path: Path, layout: _Layout) -> str | None:
     """Read the table again, slowly, for the place of its first mistake."""
     width = len(layout.cells)
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file, delimiter=layout.delimiter)
+        reader = csv.reader(_lines(path, file), delimiter=layout.delimiter)
         rows = (row for row in reader if row)
-        if layout.names:
-            next(rows)
-        for number, row in enumerate(rows, start=1):
-            where = f"{path}: row {number} (line {reader.line_num})"
-            if len(row) != width:
-                return f"{where} has {len(row)} columns, expected {width}"
-            for column in sorted(layout.read):
-                fault = _fault(row[column].strip(), column, layout)
-                if fault:
-                    name = f" ({layout.names[column]})" if layout.names else ""
-                    return f"{where}, column {column + 1}{name}{fault}"
+        read, number = sorted(layout.read), 0
+        try:
+            if layout.names:
+                next(rows)
+            for number, row in enumerate(rows, start=1):
+                where = f"{path}: row {number} (line {reader.line_num})"
+                if len(row) != width:
+                    return f"{where} has {len(row)} columns, expected {width}"
+                for column in read:
+                    fault = _fault(row[column].strip(), column, layout)
+                    if fault:
+                        name = f" ({printable(layout.names[column])})" if layout.names else ""
+                        return f"{where}, column {column + 1}{name}{fault}"
+        except (UnicodeDecodeError, csv.Error) as error:
+            return f"{path}: row {number + 1} (line {reader.line_num + 1}): {error}"
     return None
 
 
 def _fault(cell: str, column: int, layout: _Layout) -> str | None:
     """Say what is wrong with a cell, if anything is, and what to do."""
-    fill = "remove the row, or fill in a number"
+    fill, shown = "remove the row, or fill in a number", printable(cell)
     if not cell:
         if not layout.names and column == len(layout.cells) - 1:
-            fill += f"; if each line ends with a '{layout.delimiter}', remove that"
+            fill += f"; if each line ends with a '{printable(layout.delimiter)}', remove that"
         return f" is empty: {fill}"
     if column in layout.truths:
-        return None if cell.lower() in _TRUTH else f": '{cell}' is neither true nor false: {fill}"
+        return None if cell.lower() in _TRUTH else f": '{shown}' is neither true nor false: {fill}"
     if _is_number(cell):
-        return None if np.isfinite(float(cell)) else f" is {cell}, not finite: {fill}"
+        return None if np.isfinite(float(cell)) else f" is {shown}, not finite: {fill}"
     if column == layout.target:
         return None
     cure = "remove the column, or code it as numbers"
@@ -842,4 +891,4 @@ def _fault(cell: str, column: int, layout: _Layout) -> str | None:
         cure = "write a decimal point"
     elif cell.upper() in ("NA", "N/A", "NULL", "?"):
         cure = fill
-    return f": '{cell}' is not a number: {cure}"
+    return f": '{shown}' is not a number: {cure}"

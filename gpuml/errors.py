@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+MOST_COMPARED, MOST_NAMED = 1000, 30  # names, in a message about an unknown one
+
 
 class GpumlError(Exception):
     """Base of gpuml's own errors; the message says what came, what was expected, what to do."""
@@ -57,6 +59,30 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     "unknown optimizer 'adm': did you mean 'adam'? Known: adam, gradient_descent"
     """
     names = sorted(known)
-    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
-    hint = f" did you mean '{near[0]}'?" if near else ""
-    return f"unknown {kind} '{name}':{hint} Known: {', '.join(names)}"
+    near = difflib.get_close_matches(name.lower(), names[:MOST_COMPARED], n=1, cutoff=0.5)
+    hint = f" did you mean '{printable(near[0])}'?" if near else ""
+    shown = ", ".join(map(printable, names[:MOST_NAMED]))
+    more = f", … ({len(names):,} in all)" if len(names) > MOST_NAMED else ""
+    return f"unknown {kind} '{printable(name)}':{hint} Known: {shown}{more}"
+
+
+def printable(text: object, most: int = 80) -> str:
+    r"""Return text from a file as a message may show it: short, on one line, nothing invisible.
+
+    A terminal obeys some characters, which may hide or change what is printed about a file.
+
+    Parameters
+    ----------
+    text : object
+        What `str` makes of it is shown.
+    most : int
+        Characters; what is longer is cut.
+
+    Examples
+    --------
+    >>> print(printable("red: \x1b[31m"))
+    red: \x1b[31m
+    """
+    shown = str(text)[: most + 1]
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
+    return shown if len(shown) <= most else shown[: most - 1] + "…"

@@ -311,6 +311,24 @@ def _summed(n: int, divisor: int) -> tuple[str, str]:
     return ", ".join(names), f"T g = ({total}) / T({divisor});"
 
 
+def clip_norm(g: Array, longest: float) -> None:
+    """Make a vector at most so long, in place, in two launches.
+
+    Parameters
+    ----------
+    g : cupy.ndarray
+        Contiguous; float32 or float64.
+    longest : float
+    """
+    import cupy
+
+    n_parts = max(1, min(THREADS, -(-g.size // PART_NUMBERS)))
+    sums, n = cupy.empty(n_parts, np.float64), np.int64(g.size)
+    squares, scale = _clip_norm(_name(g))
+    squares((n_parts,), (THREADS,), (g, n, sums))
+    _launch(scale, g.size, (g, n, sums, np.int32(n_parts), np.float64(longest)))
+
+
 def all_finite(x: Array) -> Array:
     """Return whether all numbers are finite, as an int32 on the device: 1 or 0.
 
@@ -467,6 +485,12 @@ def _epoch_end(number: str) -> tuple[Any, Any]:
 def _epochs_end(number: str) -> Any:
     options = (f"-DNUMBER={_c_type(number)}", f"-DTHREADS={THREADS}")
     return load_kernel("epochs_end", options=options)
+
+
+@cache
+def _clip_norm(number: str) -> tuple[Any, Any]:
+    options = (f"-DNUMBER={_c_type(number)}", f"-DTHREADS={THREADS}")
+    return _pair("clip_norm", "clip_norm_scale", options)
 
 
 @cache

@@ -26,9 +26,10 @@ class History:
     ----------
     columns : dict of str to list of float
         ``epoch`` (from 1), ``loss`` (mean over the epoch's samples, each before its step),
-        ``learning_rate`` where a schedule changes it, ``validation_…`` for each metric on the
-        validation data (``validation_loss``, ``validation_accuracy`` for classes,
-        ``validation_r2`` for numbers), and ``seconds`` since the start.
+        ``learning_rate`` where a schedule changes it, ``epsilon`` (spent so far) where training is
+        private, ``validation_…`` for each metric on the validation data (``validation_loss``,
+        ``validation_accuracy`` for classes, ``validation_r2`` for numbers), and ``seconds`` since
+        the start.
     device : str
         On what it ran.
     engine : str

@@ -15,10 +15,13 @@ import numpy as np
 
 from gpuml.devices import cpu_count
 from gpuml.distributed import Alone, Communicator, share_of, together
-from gpuml.errors import DataError
+from gpuml.errors import DataError, printable
 from gpuml.memory_maps import chunks, drop_pages, write_back
+from gpuml.plain_files import parse_json
 
 MOST_THREADS = 16  # a few MiB of the file are in memory for each
+LARGEST_FILE = 64 * 2**20  # bytes, of a record: some 500,000 tiles
+MOST_READINGS = 4  # of the array; a made-up record could ask for one in each line
 WORDS = 1024  # in a row, when the words of a block are summed
 
 Tile = tuple[int, int, int, int]  # first and last row, first and last column
@@ -54,7 +57,8 @@ class Journal:
     Raises
     ------
     DataError
-        If a file is about other operands; the message names the difference.
+        If a file is about other operands, in which case the message names the difference; or
+        if it is no such record.
     """
 
     def __init__(
@@ -90,7 +94,8 @@ class Journal:
     def _begin(self, facts: dict[str, Any], lines: list[Any]) -> None:
         # In one move: whenever we are stopped, there is the old record or the whole new one.
         anew = self.path.with_name(self.path.name + ".new")
-        with anew.open("w", encoding="utf-8") as file:
+        anew.unlink(missing_ok=True)  # of a killed run, or a link that somebody put there
+        with anew.open("x", encoding="utf-8") as file:
             file.write(_line(facts))
             file.writelines(map(_line, lines))
             file.flush()
@@ -130,11 +135,22 @@ class Journal:
 
     def _read_all(self, facts: dict[str, Any]) -> list[Any]:
         """Return what all files record: tiles, each with its mark."""
-        files = [file for file in (self.path, *self._others()) if file.exists()]
-        return [[*tile, mark] for file in files for tile, mark in self._read(file, facts)]
+        files = [file for file in (self.path, *self._others()) if file.is_file()]
+        n_bytes = sum(file.stat().st_size for file in files)
+        unread = MOST_READINGS * self._out.size
+        found: list[Any] = []
+        for file in files:
+            cure = f"to begin anew, call without resume=True or delete {file}"
+            if n_bytes > LARGEST_FILE:
+                raise DataError(f"{file} is not a record of a product: it is too long; {cure}")
+            for tile, mark in self._read(file, facts, cure):
+                unread -= (tile[1] - tile[0]) * (tile[3] - tile[2])
+                if unread < 0:
+                    return found
+                found.append([*tile, mark])
+        return found
 
-    def _read(self, file: Path, facts: dict[str, Any]) -> Iterator[tuple[Tile, str]]:
-        cure = f"to begin anew, call without resume=True or delete {file}"
+    def _read(self, file: Path, facts: dict[str, Any], cure: str) -> Iterator[tuple[Tile, str]]:
         lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
         before = _parsed(lines[0]) if lines else None
         if not isinstance(before, dict):
@@ -142,14 +158,19 @@ class Journal:
         for name in facts | before:
             if facts.get(name) != before.get(name):
                 raise DataError(
-                    f"cannot resume: {name} was {before.get(name)} and is {facts.get(name)}; {cure}"
+                    f"cannot resume: {printable(name)} was {printable(before.get(name))} and is "
+                    f"{facts.get(name)}; {cure}"
                 )
+        n_rows, n_columns = self._out.shape
         for line in lines[1:]:
             match _parsed(line):
                 case [int(top), int(bottom), int(left), int(right), str(mark)]:
-                    yield (top, bottom, left, right), mark
+                    pass
                 case _:
                     return  # cut off while it was written: this tile and later ones are not done
+            if not (0 <= top < bottom <= n_rows and 0 <= left < right <= n_columns):
+                continue  # no tile
+            yield (top, bottom, left, right), mark
 
 
 def _remove(files: list[Path]) -> None:
@@ -163,7 +184,7 @@ def _line(content: Any) -> str:
 
 def _parsed(line: str) -> Any:
     try:
-        return json.loads(line)
+        return parse_json(line)
     except ValueError:
         return None
 

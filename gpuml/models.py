@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from os import PathLike
 from typing import Any, Protocol, TypeAlias
@@ -12,12 +12,13 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 
 from gpuml import gpu_layers
-from gpuml.datasets import Preprocessing
+from gpuml.datasets import Preprocessing, check_entries
 from gpuml.devices import CPU, Array, Device, array_module, device_of, get_device, to_host
-from gpuml.errors import ModelFileError
+from gpuml.errors import ModelFileError, printable
 from gpuml.gpu_layers import fused
 from gpuml.matmul import Precision, matmul
 from gpuml.model_files import checksum, load_arrays, save_arrays
+from gpuml.plain_files import parse_json, within_memory
 
 Shape: TypeAlias = tuple[int, ...]
 
@@ -120,6 +121,14 @@ class Backward(Protocol):
     -------
     gradients : Parameters
     d_x : array of shape (…, batch, features) or None
+
+    Notes
+    -----
+    That of :class:`Model` itself can do more, which its subclasses with a `forward` of their own
+    need not: ``parameter_gradients=False`` leaves out the products for the parameters, and
+    returns None and d_x. `row_factors` is called with each layer's inputs and the gradients at
+    its outputs, from the last layer to the first, and returns a factor for each row, of shape
+    (batch, 1), by which the row's share of all gradients is multiplied.
     """
 
     def __call__(
@@ -131,6 +140,9 @@ class Backward(Protocol):
     ) -> tuple[Parameters, Array | None]:
         """Carry the gradient back."""
         ...
+
+
+RowFactors: TypeAlias = Callable[[Sequence[tuple[Array, Array]]], Array]
 
 
 class Model:
@@ -240,24 +252,43 @@ class Model:
             gradients: Parameters | None = None,
             *,
             input_gradient: bool = False,
-        ) -> tuple[Parameters, Array | None]:
-            if gradients is None:
+            parameter_gradients: bool = True,
+            row_factors: RowFactors | None = None,
+        ) -> tuple[Any, Array | None]:
+            if not parameter_gradients:
+                gradients = None
+            elif gradients is None:
                 gradients = parameters.zeros_like()
+            at_once = gradients if row_factors is None else None  # what is written on the way
+            signals: list[Array] = []  # the gradient at each layer's outputs, last layer first
             d = _rounded(d_predictions) if half else d_predictions
             summed = False  # whether the gradient of this layer's bias is written already
             for i in reversed(range(len(layers))):
                 weight, bias = layers[i]
-                d_bias = None if summed else gradients.get(bias)
-                linear_gradient(inputs[i], d, gradients[weight], d_bias, precision=precision)
-                gradients.written(weight, bias)
+                if row_factors is not None:
+                    signals.append(d)
+                if at_once is not None:
+                    d_bias = None if summed else at_once.get(bias)
+                    linear_gradient(inputs[i], d, at_once[weight], d_bias, precision=precision)
+                    at_once.written(weight, bias)
                 if i == 0 and not input_gradient:
-                    return gradients, None
+                    break
                 turned = weights[i].swapaxes(-1, -2)
                 out = _sums(d, turned, parameters.flat.dtype) if half and i == 0 else None
                 d = matmul(d, turned, out, precision=precision)
                 if i > 0:
-                    summed = relu_slope(d, inputs[i], gradients.get(layers[i - 1][1]))
-            return gradients, d
+                    d_bias = at_once.get(layers[i - 1][1]) if at_once is not None else None
+                    summed = relu_slope(d, inputs[i], d_bias)
+            if gradients is not None and row_factors is not None:
+                factors = row_factors(list(zip(reversed(inputs), signals, strict=True)))
+                for i, signal in zip(reversed(range(len(layers))), signals, strict=True):
+                    weight, bias = layers[i]
+                    signal *= factors
+                    d_bias = gradients.get(bias)
+                    options = {"precision": precision}
+                    linear_gradient(inputs[i], signal, gradients[weight], d_bias, **options)
+                    gradients.written(weight, bias)
+            return gradients, d if input_gradient else None
 
         return predictions, backward
 
@@ -282,12 +313,15 @@ class Model:
         Parameters
         ----------
         path : path
-            The file; an existing one is replaced.
+            The file; an existing one is replaced. A symbolic link is replaced too, and what it
+            points to stays as it is.
 
         Raises
         ------
         OSError
             If it cannot be written.
+        ModelFileError
+            If the names of features and classes are longer than :func:`load_model` would read.
         TypeError
             If it is a class of one's own, which no file could bring back.
         """
@@ -438,8 +472,17 @@ class MLP(Model):
 MODELS: dict[str, type[Linear] | type[MLP]] = {"Linear": Linear, "MLP": MLP}
 
 
-def load_model(path: str | PathLike[str], *, device: Device | str | None = None) -> Model:
+def load_model(
+    path: str | PathLike[str],
+    *,
+    device: Device | str | None = None,
+    sha256: str | None = None,
+) -> Model:
     """Read a model from a file that :meth:`Model.save` wrote. No code in it is ever run.
+
+    A file from others may be damaged, or made to do harm: whatever does not fit together is
+    refused, before more memory is taken than the file is long. Whether its numbers are those
+    that somebody trained, only a SHA-256 from that somebody can say.
 
     Parameters
     ----------
@@ -447,6 +490,8 @@ def load_model(path: str | PathLike[str], *, device: Device | str | None = None)
         A safetensors file.
     device : Device or str, optional
         Where the parameters are to live; what :func:`get_device` returns unless given.
+    sha256 : str, optional
+        The SHA-256 that the file must have, in hexadecimal; ``gpuml train`` prints it.
 
     Returns
     -------
@@ -457,9 +502,14 @@ def load_model(path: str | PathLike[str], *, device: Device | str | None = None)
     FileNotFoundError
         If there is no such file.
     ModelFileError
-        If it is damaged, truncated, or not a model of gpuml's; the message says which.
+        If it is damaged, truncated, not a model of gpuml's, or has another SHA-256; the message
+        says which.
+    DeviceMemoryError
+        If it takes more memory than is free.
+    ValueError
+        If `sha256` cannot be one.
     """
-    arrays, metadata = load_arrays(path)
+    arrays, metadata = load_arrays(path, sha256=sha256)
     if "gpuml_checkpoint" in metadata:
         raise ModelFileError(
             f"{path} is a checkpoint, from which gpuml.train(…, checkpoint=…) goes on, and no "
@@ -468,38 +518,42 @@ def load_model(path: str | PathLike[str], *, device: Device | str | None = None)
     if "gpuml" not in metadata:
         raise ModelFileError(f"{path} is a safetensors file, but gpuml did not write it")
     try:
-        description = json.loads(metadata["gpuml"])
+        description = parse_json(metadata["gpuml"])
         stated = description.pop("sha256", None)
         found = checksum(arrays, json.dumps(description, sort_keys=True))
         model_class = MODELS[description["model"]]
         sizes = list(description["sizes"])
         options = description.get("preprocessing")
+        check_entries(description, ("model", "sizes", "preprocessing"))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelFileError(f"{path} does not describe a model of gpuml's: {error!r}") from None
+        told = printable(repr(error), 200)
+        raise ModelFileError(f"{path} does not describe a model of gpuml's: {told}") from None
     if stated != found:
         raise ModelFileError(f"{path} is damaged: its checksum does not fit")
 
     tables = {
-        name.removeprefix("preprocessing."): arrays.pop(name)
+        name.removeprefix("preprocessing."): arrays.pop(name).copy()  # not a view of all the file
         for name in list(arrays)
         if name.startswith("preprocessing.")
     }
     dtype = _check_arrays(path, arrays, model_class, sizes)
-    model: Model
-    if model_class is Linear:
-        model = Linear(*sizes, bias="bias" in arrays, dtype=dtype, device=CPU)
-    else:
-        model = MLP(sizes, dtype=dtype, device=CPU)
-    for name, array in arrays.items():
-        model.parameters[name] = array
-    if options is not None or tables:
-        try:
-            model.preprocessing = Preprocessing.from_arrays(tables, options or {})
-            fits = len(model.preprocessing.mean), model.preprocessing.n_outputs
-            if fits != (sizes[0], sizes[-1]):
-                raise ValueError(f"it is for {fits[0]} features and {fits[1]} outputs")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ModelFileError(f"{path}: its preprocessing is damaged: {error!r}") from None
+    with within_memory(path):
+        model: Model
+        if model_class is Linear:
+            model = Linear(*sizes, bias="bias" in arrays, dtype=dtype, device=CPU)
+        else:
+            model = MLP(sizes, dtype=dtype, device=CPU)
+        for name, array in arrays.items():
+            model.parameters[name] = array
+        if options is not None or tables:
+            try:
+                model.preprocessing = Preprocessing.from_arrays(tables, options or {})
+                fits = len(model.preprocessing.mean), model.preprocessing.n_outputs
+                if fits != (sizes[0], sizes[-1]):
+                    raise ValueError(f"it is for {fits[0]} features and {fits[1]} outputs")
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                told = printable(repr(error), 200)
+                raise ModelFileError(f"{path}: its preprocessing is damaged: {told}") from None
     return model.to(get_device(device))
 
 
@@ -512,7 +566,9 @@ def _check_arrays(
     """Refuse arrays that are not what the file says; return their element type."""
     try:
         if not all(type(size) is int for size in sizes):
-            raise ValueError(f"sizes must be integers, got {sizes}")
+            raise ValueError(f"sizes must be integers, got {printable(sizes)}")
+        if len(sizes) - 1 > len(arrays):
+            raise ValueError(f"{len(sizes)} sizes are too many for {len(arrays)} arrays")
         expected = _affine_shapes(model_class.layer_names(len(sizes) - 1), sizes)
     except ValueError as error:
         raise ModelFileError(f"{path}: {error}") from None
@@ -522,7 +578,7 @@ def _check_arrays(
     for name in [*expected, *found]:
         if found.get(name) != expected.get(name):
             raise ModelFileError(
-                f"{path}: {name} should have shape {expected.get(name, 'none')}, "
+                f"{path}: {printable(name)} should have shape {expected.get(name, 'none')}, "
                 f"the file has {found.get(name, 'none')}"
             )
     dtypes = {array.dtype for array in arrays.values()}
@@ -544,7 +600,9 @@ def _affine_shapes(layers: Sequence[tuple[str, str]], sizes: Sequence[int]) -> d
         If there are fewer than two sizes, or one is not a positive integer.
     """
     if len(sizes) < 2 or any(size != int(size) or size < 1 for size in sizes):
-        raise ValueError(f"sizes must be two or more positive integers, got {list(sizes)}")
+        raise ValueError(
+            f"sizes must be two or more positive integers, got {printable(list(sizes))}"
+        )
     sizes = [int(size) for size in sizes]  # np.int64 and 64.0 as well
     shapes: dict[str, Shape] = {}
     for (weight, bias), n_in, n_out in zip(layers, sizes[:-1], sizes[1:], strict=True):

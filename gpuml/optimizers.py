@@ -261,6 +261,37 @@ OPTIMIZERS: dict[str, type[GradientDescent] | type[Adam]] = {
 }
 
 
+def clip_norm(gradients: Parameters, longest: float) -> None:
+    """Scale gradients down, in place, if all of them together are longer than a limit.
+
+    g ← g · min(1, longest / ‖g‖₂); what is not finite stays so, or becomes NaN.
+
+    Parameters
+    ----------
+    gradients : Parameters
+    longest : float
+
+    References
+    ----------
+    Pascanu, Mikolov, Bengio: On the difficulty of training recurrent neural networks. ICML 2013.
+
+    Examples
+    --------
+    >>> gradients = Parameters(np.array([3.0, 4.0]), {"weight": (2,)})
+    >>> clip_norm(gradients, 1.0)
+    >>> gradients["weight"].round(6).tolist()
+    [0.6, 0.8]
+    """
+    flat = gradients.flat
+    xp = array_module(flat)
+    if fused(xp) and flat.dtype.char in "fd":
+        gpu_layers.clip_norm(flat, longest)
+        return
+    squares = xp.square(flat, dtype=np.float64).sum()  # those of float32 could be infinite
+    factor = longest / xp.sqrt(squares)
+    flat *= xp.where(factor >= 1, 1, factor).astype(flat.dtype)
+
+
 def get_optimizer(optimizer: str | Optimizer) -> Optimizer:
     """Return the optimizer of that name with its usual settings, or the one that is given.
 

@@ -27,6 +27,7 @@ import numpy as np
 
 from gpuml.datasets import load_dataset
 from gpuml.devices import CPU, Device, cpu_count, get_device
+from gpuml.errors import DataError, printable
 from gpuml.rivals import RIVALS, SCIKIT_LEARN, Task
 from gpuml.timing import device_ceilings, duration
 from gpuml.workloads import WORKLOADS, Workload, write_task
@@ -182,9 +183,20 @@ class PeerTable:
 
     @classmethod
     def from_json(cls, table: Mapping[str, Any]) -> PeerTable:
-        """Make a table again from what :meth:`to_json` returned."""
-        rivals = {name: Timing(**timing) for name, timing in table["rivals"].items()}
-        return cls(**(dict(table) | {"rivals": rivals}))
+        """Make a table again from what :meth:`to_json` returned.
+
+        Raises
+        ------
+        DataError
+            If it is something else.
+        """
+        try:
+            rivals = {name: Timing(**timing) for name, timing in table["rivals"].items()}
+            made = cls(**(dict(table) | {"rivals": rivals}))
+            str(made)  # which meets text where numbers should be
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            raise DataError(f"this is no table of peers: {printable(repr(error))}") from None
+        return made
 
 
 def by_number(tables: Iterable[PeerTable]) -> dict[str, tuple[list[int], list[float]]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import operator
 import re
 from collections.abc import Callable, Sequence
@@ -17,9 +18,10 @@ import numpy as np
 
 from gpuml.blocked import BlockReport, blocked_matmul
 from gpuml.devices import CPU, Device, get_device, to_host
-from gpuml.errors import DataError, unknown_name
+from gpuml.errors import DataError, printable, unknown_name
 from gpuml.kernels import load_kernel
 from gpuml.model_files import replacing
+from gpuml.plain_files import parse_json
 from gpuml.timing import (
     Ceilings,
     Comparison,
@@ -33,6 +35,8 @@ from gpuml.timing import (
 )
 
 COMMAND = "gpuml bench --save gpuml/recorded/NAME.json"
+
+LARGEST_FILE = 16 * 2**20  # bytes, of a recording
 
 PRODUCT_SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 TRANSFER_SIZES = tuple(4**i for i in range(5, 15))  # 1 KiB to 256 MiB
@@ -240,11 +244,14 @@ def recorded(name: str | PathLike[str] = "nvidia_h200") -> Recording:
         file = folder / f"{name}.json"
     cure = f"this command makes one: gpuml bench --save {file.name}"
     try:
-        return _from_json(json.loads(file.read_text(encoding="utf-8")))
+        if file.stat().st_size > LARGEST_FILE:
+            raise ValueError(f"it is longer than {LARGEST_FILE:,} bytes")
+        return _from_json(parse_json(file.read_bytes()))
     except FileNotFoundError:
         raise DataError(f"there is no recording {file}; {cure}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DataError(f"{file.name} is not a recording ({error!r}); {cure}") from None
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+        told = printable(repr(error), 200)
+        raise DataError(f"{file.name} is not a recording ({told}); {cure}") from None
 
 
 def _text(table: dict[str, Any]) -> str:
@@ -268,7 +275,51 @@ def _from_json(table: dict[str, Any]) -> Recording:
         "peers": dict(table.get("peers", {})),
         "scaling": dict(table.get("scaling", {})),
     }
-    return Recording(**(table | made))
+    recording = Recording(**(table | made))
+    _check_fields(recording)
+    return recording
+
+
+def _check_fields(recording: Recording) -> None:
+    """Refuse text where numbers should be, and the other way round: a figure would stumble."""
+    r = recording
+    texts = [r.device, r.date, r.command, *r.versions.values()]
+    numbers: list[Any] = [*r.queued.values()]
+    for ceilings in r.ceilings, r.host:
+        texts.append(ceilings.device)
+        numbers += ceilings.values.values()
+    for line in r.transfers.values():
+        numbers += line
+    rows = r.products.rows
+    texts += [r.products.name, *r.products.devices, *r.products.devices.values()]
+    texts += [text for row in rows for text in (row.device, row.dtype, row.note)]
+    numbers += [row.size for row in rows]
+    measured = [*r.points.values(), *r.ladder.values()]
+    measured += [m for case in r.cases.values() for m in case.values()]
+    measured += [row.measurement for row in rows if row.measurement is not None]
+    for m in measured:
+        texts.append(m.device)
+        numbers += [m.low, m.high, m.first, m.n_repeats]
+        numbers += [n for n in (m.n_bytes, m.n_operations) if n is not None]
+        if not _is_number(m.seconds) or m.seconds <= 0:
+            raise ValueError(f"a time of {m.seconds!r} seconds")
+    for report in r.blocked.values():
+        texts.append(report.device)
+        numbers += [report.seconds, *(v for k, v in asdict(report.plan).items() if k != "keeps")]
+        for spans in report.spans.values():
+            pairs = spans.size == 0 or (spans.ndim == 2 and spans.shape[1] == 2)
+            if not pairs or spans.dtype.kind not in "if" or not np.isfinite(spans).all():
+                raise ValueError("a time line that is none")
+    if not all(isinstance(tables, dict) for tables in (*r.peers.values(), *r.scaling.values())):
+        raise TypeError("something else where there should be tables")
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("something else where there should be text")
+    if not all(map(_is_number, numbers)):
+        raise TypeError("something else where there should be numbers")
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def roofline_points(device: Device, *, time_budget: float = 0.3) -> dict[str, Measurement]:

@@ -21,7 +21,7 @@ import numpy as np
 from gpuml.batches import ArrayBatches
 from gpuml.devices import Device, blas_threads, get_device
 from gpuml.distributed import Communicator, ranks, share_of
-from gpuml.errors import unknown_name
+from gpuml.errors import DataError, printable, unknown_name
 from gpuml.losses import softmax_cross_entropy
 from gpuml.models import MLP
 from gpuml.optimizers import GradientDescent
@@ -179,9 +179,20 @@ class Scaling:
 
     @classmethod
     def from_json(cls, table: Mapping[str, Any]) -> Scaling:
-        """Make a table again from what :meth:`to_json` returned."""
-        times = {name: [RankTime(**time) for time in table[name]] for name in ("sums", "steps")}
-        return cls(**(dict(table) | times))
+        """Make a table again from what :meth:`to_json` returned.
+
+        Raises
+        ------
+        DataError
+            If it is something else.
+        """
+        try:
+            times = {name: [RankTime(**time) for time in table[name]] for name in ("sums", "steps")}
+            made = cls(**(dict(table) | times))
+            str(made)  # which meets text where numbers should be
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as error:
+            raise DataError(f"this is no table of scaling: {printable(repr(error))}") from None
+        return made
 
     def plot_sums(self, model: CostModel | None = None, axis: Any = None) -> Any:
         """Draw the time of an all-reduce against its size, and what a model says."""

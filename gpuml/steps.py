@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal, Protocol, TypeAlias
@@ -18,7 +19,7 @@ from gpuml.fused import FusedStep
 from gpuml.losses import Loss, mean_squared_error
 from gpuml.matmul import CapturedProducts, Precision, checked_precision
 from gpuml.models import MLP, Backward, Linear, Model, Parameters
-from gpuml.optimizers import OPTIMIZERS, Optimizer, State
+from gpuml.optimizers import OPTIMIZERS, Optimizer, State, clip_norm
 from gpuml.regression import Gram
 
 Engine: TypeAlias = Literal["eager", "graph", "fused", "one_pass", "gram"]
@@ -60,6 +61,61 @@ class Step(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Work:
+    """What a step works with, for a :class:`Method` to build on.
+
+    Attributes
+    ----------
+    model : Model
+    loss : callable
+    parameters, gradients : Parameters
+    state : dict of str to array
+        Arrays added here are kept in checkpoints.
+    options : dict
+        For ``model.forward``.
+    """
+
+    model: Model
+    loss: Loss
+    parameters: Parameters
+    gradients: Parameters
+    state: State
+    options: dict[str, Any]
+
+
+Gradient: TypeAlias = Callable[[Array, Array], Array]  # (x, y) -> loss; writes the gradients
+
+
+class Method(Protocol):
+    """Another way to the gradient of a step: on inputs that an attack changed, or row by row.
+
+    Attributes
+    ----------
+    name : str
+        What it is, for messages: ``"adversarial training"``.
+    n_gradients : int
+        About how many plain steps one of its steps takes.
+    """
+
+    @property
+    def name(self) -> str: ...  # noqa: D102
+
+    @property
+    def n_gradients(self) -> int: ...  # noqa: D102
+
+    def check(self, model: Model, data: Batches, loss: Loss) -> None:
+        """Refuse what it cannot train, with a ValueError that says why."""
+        ...
+
+    def prepare(self, work: Work) -> Callable[[Gradient, Array, Array], Array]:
+        """Return what is called as ``(gradient, x, y)`` in place of ``gradient(x, y)``.
+
+        It can be captured as that can.
+        """
+        ...
+
+
 class EagerStep:
     """Forward, loss, backward and update as array operations, one after the other.
 
@@ -70,6 +126,8 @@ class EagerStep:
     optimizer : Optimizer
     precision : {"float32", "tf32", "bfloat16"}, optional
         How a GPU multiplies float32.
+    clip_norm : float, optional
+        How long the gradient may be.
     """
 
     engine = "eager"
@@ -80,8 +138,11 @@ class EagerStep:
         loss: Loss,
         optimizer: Optimizer,
         precision: Precision | None = None,
+        *,
+        clip_norm: float | None = None,
     ) -> None:
         self._model, self._loss, self._optimizer = model, loss, optimizer
+        self.clip_norm = clip_norm
         self._options: dict[str, Any] = {"precision": precision} if precision else {}
         self.reason = ""
         # Of its own, since only the optimizer keeps a rounded copy up to date.
@@ -92,6 +153,7 @@ class EagerStep:
             and type(optimizer) in OPTIMIZERS.values()
         )
         self._gradients = self._make_gradients()
+        self._method: Callable[[Gradient, Array, Array], Array] | None = None
         self._total: Any = None  # of the parts so far, and their loss
         self._total_loss: Any = 0.0
         self.state = optimizer.init(model.parameters)
@@ -99,6 +161,28 @@ class EagerStep:
         for kind in (CpuGradient, CpuPopulationGradient):
             if kind.limit(model, loss) is None:
                 self._on_cpu = kind(model, loss, self._gradients)
+
+    def use(self, method: Method) -> None:
+        """Let a method find the gradients from now on."""
+        work = Work(
+            self._model,
+            self._loss,
+            self._parameters,
+            self._gradients,
+            self.state,
+            self._options,
+        )
+        self._method = method.prepare(work)
+
+    def _update_by(self, gradients: Parameters) -> None:
+        if self.clip_norm is not None:
+            clip_norm(gradients, self.clip_norm)
+        self._optimizer.update(self._parameters, gradients, self.state)
+
+    def _find_gradient(self, x: Array, y: Array) -> Array:
+        if self._method is None:
+            return self._gradient(x, y)
+        return self._method(self._gradient, x, y)
 
     def _make_gradients(self) -> Parameters:
         return self._model.parameters.zeros_like()
@@ -118,8 +202,8 @@ class EagerStep:
 
     def __call__(self, x: Array, y: Array) -> Array:
         """Take a step on a batch; return the loss before it."""
-        value = self._gradient(x, y)
-        self._optimizer.update(self._parameters, self._gradients, self.state)
+        value = self._find_gradient(x, y)
+        self._update_by(self._gradients)
         return value
 
     def part(self, x: Array, y: Array, share: float) -> None:
@@ -128,7 +212,7 @@ class EagerStep:
             self._total = self._model.parameters.zeros_like()
         if not len(x):  # of a rank without rows
             return
-        self._total_loss = self._total_loss + self._gradient(x, y) * share
+        self._total_loss = self._total_loss + self._find_gradient(x, y) * share
         self._gradients.flat *= share
         self._total.flat += self._gradients.flat
 
@@ -140,7 +224,7 @@ class EagerStep:
         return value
 
     def _update_by_total(self) -> Array:
-        self._optimizer.update(self._parameters, self._total, self.state)
+        self._update_by(self._total)
         return self._total_loss
 
 
@@ -160,6 +244,8 @@ class RankStep(EagerStep):
     communicator : Communicator
     read_once : bool
         Whether a rank reads its rows once, as a linear model can: see :mod:`gpuml.one_pass`.
+    clip_norm : float, optional
+        How long the gradient of all ranks may be; then parameters follow once all sums are there.
     """
 
     _gradients: Buckets
@@ -173,16 +259,21 @@ class RankStep(EagerStep):
         *,
         communicator: Communicator,
         read_once: bool = False,
+        clip_norm: float | None = None,
     ) -> None:
         self._communicator, self._read_once = communicator, read_once
-        super().__init__(model, loss, optimizer, precision)
+        super().__init__(model, loss, optimizer, precision, clip_norm=clip_norm)
         if read_once:
             self.engine = "one_pass"
         self._pieces: list[tuple[Parameters, list[Array], State]] = []  # of each bucket
 
+    @property
+    def _at_once(self) -> bool:
+        """Whether an update needs all sums: their length, or an optimizer of somebody's own."""
+        return self.clip_norm is not None or type(self._optimizer) not in OPTIMIZERS.values()
+
     def _make_gradients(self) -> Buckets:
-        ours = type(self._optimizer) in OPTIMIZERS.values()  # which take addends
-        return Buckets(self._model.parameters, self._communicator, apart=ours)
+        return Buckets(self._model.parameters, self._communicator, apart=not self._at_once)
 
     def __call__(self, x: Array, y: Array, n_rows: int | None = None) -> Array:
         """Take a step on this rank's rows of a batch, which has so many on all ranks."""
@@ -220,9 +311,9 @@ class RankStep(EagerStep):
     def _update(self) -> Array:
         """Follow the gradients as their sums over all ranks arrive; return the loss."""
         optimizer, gradients = self._optimizer, self._gradients
-        if type(optimizer) not in OPTIMIZERS.values():
+        if self._at_once:
             list(gradients.added())
-            optimizer.update(self._parameters, gradients, self.state)
+            self._update_by(gradients)
             return gradients.loss()
         if not self._pieces:  # now, since rounded parameters are made with the first step
             self._pieces = [self._piece(part) for part in gradients.slices]
@@ -368,12 +459,22 @@ class GramStep(EagerStep):
     optimizer : Optimizer
     data : Batches
         Read here, once.
+    clip_norm : float, optional
+        How long the gradient may be.
     """
 
     engine = "gram"
 
-    def __init__(self, model: Linear, loss: Loss, optimizer: Optimizer, data: Batches) -> None:
-        super().__init__(model, loss, optimizer)
+    def __init__(
+        self,
+        model: Linear,
+        loss: Loss,
+        optimizer: Optimizer,
+        data: Batches,
+        *,
+        clip_norm: float | None = None,
+    ) -> None:
+        super().__init__(model, loss, optimizer, clip_norm=clip_norm)
         self._gram = Gram.of_batches(data.epoch(None), bias="bias" in model.parameters)
 
     def _gradient(self, x: Array, y: Array) -> Array:
@@ -392,6 +493,8 @@ def make_step(
     n_epochs: int = 1,
     before: str | None = None,
     communicator: Communicator | None = None,
+    method: Method | None = None,
+    clip_norm: float | None = None,
 ) -> Step | FusedStep:
     """Put the step together, by the engine that is asked for or the best that can hold it.
 
@@ -410,6 +513,10 @@ def make_step(
         The engine by which this training began, which is to go on with it if it can.
     communicator : Communicator, optional
         The ranks that share the work, if there are several.
+    method : Method, optional
+        How the gradients are found, where that is not plain.
+    clip_norm : float, optional
+        How long the gradient may be.
 
     Returns
     -------
@@ -424,6 +531,11 @@ def make_step(
         raise ValueError(unknown_name("engine", engine, ENGINES))
     checked_precision(precision, model.dtype)
     several = communicator is not None and communicator.world_size > 1
+    if several and method is not None:
+        raise ValueError(
+            f"{method.name} runs in one process so far, and there are "
+            f"{communicator.world_size} ranks"  # type: ignore[union-attr]
+        )
     known = RANK_ENGINES if several else ENGINES
     if engine is not None and engine not in known:
         raise ValueError(
@@ -431,24 +543,31 @@ def make_step(
             f"{communicator.world_size} ranks: leave it away"  # type: ignore[union-attr]
         )
     trained = model, loss, optimizer, data
+
+    def limit(name: str, asked: str | None) -> str | None:
+        return _unfit(name, method, clip_norm) or _limit(name, *trained, precision, asked)
+
     usual = [name for name in ("fused", "one_pass", "graph", "eager") if name in known]
     chosen: list[str] = [engine] if engine else usual
     reasons: list[str] = []
-    if before not in chosen or _limit(before, *trained, precision, before) is not None:
+    if before not in chosen or limit(before, before) is not None:
         before = None
     for name in chosen:
         asked = before if name == before else engine
-        pays = asked is not None or _pays(name, model, data, n_epochs)
-        reason = _limit(name, *trained, precision, asked) if pays else ""
+        n_gradients = n_epochs * (method.n_gradients if method else 1)
+        pays = asked is not None or _pays(name, model, data, n_gradients)
+        reason = limit(name, asked) if pays else _unfit(name, method, clip_norm) or ""
         if reason is None and before not in (None, name):
             reasons.append(f"not {name}, since the checkpoint was begun by {before}")
             continue
         if reason is None:
             step: Step | FusedStep = (
-                _made_for_rank(name, model, loss, optimizer, precision, communicator)
+                _made_for_rank(name, model, loss, optimizer, precision, communicator, clip_norm)
                 if several
-                else _made(name, *trained, precision)
+                else _made(name, *trained, precision, clip_norm)
             )
+            if method is not None and isinstance(step, EagerStep):
+                step.use(method)
             step.reason = "; ".join([*reasons, *filter(None, [step.reason])])
             return step
         if engine:
@@ -465,14 +584,14 @@ def _made(
     optimizer: Optimizer,
     data: Batches,
     precision: Precision | None,
+    clip_norm: float | None,
 ) -> Any:
     if name == "fused":
         return FusedStep(model, loss, optimizer, data)  # type: ignore[arg-type]
     if name == "gram":
-        return GramStep(model, loss, optimizer, data)  # type: ignore[arg-type]
-    if name == "one_pass":
-        return OnePassStep(model, loss, optimizer)
-    return {"graph": GraphStep, "eager": EagerStep}[name](model, loss, optimizer, precision)
+        return GramStep(model, loss, optimizer, data, clip_norm=clip_norm)  # type: ignore[arg-type]
+    kind = {"one_pass": OnePassStep, "graph": GraphStep, "eager": EagerStep}[name]
+    return kind(model, loss, optimizer, precision, clip_norm=clip_norm)
 
 
 def _made_for_rank(
@@ -482,10 +601,20 @@ def _made_for_rank(
     optimizer: Optimizer,
     precision: Precision | None,
     communicator: Any,
+    clip_norm: float | None,
 ) -> RankStep:
     options = {"communicator": communicator, "read_once": name == "one_pass"}
     kind = RankGraphStep if name == "graph" else RankStep
-    return kind(model, loss, optimizer, precision, **options)
+    return kind(model, loss, optimizer, precision, clip_norm=clip_norm, **options)
+
+
+def _unfit(name: str, method: Method | None, clip_norm: float | None) -> str | None:
+    """Return why an engine cannot take gradients in such a way, or None."""
+    if clip_norm is not None and name == "fused":
+        return "its kernels do not clip gradients"
+    if method is not None and name not in ("eager", "graph"):
+        return f"{method.name} is for the engines eager and graph"
+    return None
 
 
 def _limit(

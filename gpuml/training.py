@@ -14,7 +14,7 @@ from functools import partial
 from numbers import Real
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -24,12 +24,20 @@ from gpuml.batches import (
     ArrayBatches,
     Batches,
     GivenBatches,
+    PoissonBatches,
     Share,
     StreamedBatches,
     shares,
 )
 from gpuml.blocking import parse_size
-from gpuml.checkpoints import fingerprint_data, load_checkpoint, save_checkpoint, saved_facts
+from gpuml.checkpoints import (
+    check_contents,
+    fingerprint_data,
+    load_checkpoint,
+    reading_state,
+    save_checkpoint,
+    saved_facts,
+)
 from gpuml.devices import CPU, Array, Device, array_module, blas_threads, device_of, to_host
 from gpuml.distributed import (
     Alone,
@@ -52,7 +60,7 @@ from gpuml.optimizers import GradientDescent, Optimizer, get_optimizer
 from gpuml.regression import largest_stable_learning_rate
 from gpuml.schedules import Schedule, factor_of, get_schedule
 from gpuml.staging import Trace
-from gpuml.steps import Engine, GramStep, Step, make_step, set_learning_rate
+from gpuml.steps import Engine, GramStep, Method, Step, make_step, set_learning_rate
 
 # How often, in seconds, a running epoch looks at its losses and moves the progress bar. Each look
 # waits for the device.
@@ -114,6 +122,9 @@ def train(
     engine: Engine | None = None,
     precision: Precision | None = None,
     communicator: Communicator | None = None,
+    clip_norm: float | None = None,
+    adversarial: Method | None = None,
+    privacy: PrivacySettings | None = None,
     progress: bool | None = None,
 ) -> History:
     """Train a model in place, on the device where it lives, and return what happened.
@@ -176,6 +187,17 @@ def train(
         The processes that train this model together. Unless given those that ``mpiexec`` started,
         if it did: each gets the same data and takes its share of the rows of each batch, and all
         end with the same bits. ``gpuml.distributed.Alone()`` for a training of its own.
+    clip_norm : float, optional
+        How long the gradient of a step may be, all parameters together: a longer one is scaled
+        down, so that one odd batch does not undo what others taught.
+    adversarial : PGD, optional
+        Learn from rows perturbed so that the loss is large: ``gpuml.robustness.PGD(strength=0.1)``.
+        The loss in the history is that of perturbed rows; validation data are left as they are.
+    privacy : Privacy, optional
+        Clip each row's gradient and add noise, so that the model tells little about any one row:
+        ``gpuml.privacy.Privacy(noise_multiplier=1.1)``, or ``Privacy(epsilon=3)``. Each batch is
+        drawn by chance, and has `batch_size` rows on average; the history says what is spent.
+        `shuffle` and `seed` have no part in it.
     progress : bool, optional
         Whether to show a progress bar on standard error; if that is a terminal unless given. Of
         several ranks, only the first shows it.
@@ -219,6 +241,8 @@ def train(
         patience = positive_integer("patience", patience)
         if validation_data is None:
             raise ValueError("patience needs validation_data to watch")
+    if clip_norm is not None:
+        clip_norm = positive_number("clip_norm", clip_norm)
     optimizer = get_optimizer(optimizer)
     communicator = communicator or ranks()
     limit = None if memory_limit is None else parse_size(memory_limit)
@@ -234,6 +258,13 @@ def train(
         before = None if checkpoint is None else saved_facts(checkpoint).get("engine")
         options: dict[str, Any] = {"n_epochs": n_epochs, "before": before}
         options["communicator"] = communicator
+        if privacy is not None:
+            _check_privacy(privacy, data, shuffle, adversarial, clip_norm)
+            assert isinstance(data, ArrayBatches)
+            data = PoissonBatches(*data.arrays, data.batch_size)
+            adversarial = privacy.method(data, n_epochs)
+        method = _method(adversarial, model, data, loss)
+        options |= {"method": method, "clip_norm": clip_norm}
         step = make_step(model, loss, optimizer, data, engine, precision, **options)
         history = History(
             device=str(model.device),
@@ -245,6 +276,8 @@ def train(
         run = kind(model, data, held_out, loss, step, history)
         run.communicator = communicator
         run.generator = np.random.default_rng(seed) if shuffle else None
+        if privacy is not None:
+            run.generator, run.method = privacy.generator(), method
         run.schedule = None if schedule is None else get_schedule(schedule)
         run.patience = patience
         several = communicator.world_size > 1
@@ -270,6 +303,10 @@ def train(
             }
         if precision is not None:  # a file from before there was a precision stays good
             facts["precision"] = precision
+        if clip_norm is not None:
+            facts["clip_norm"] = clip_norm
+        if method is not None:
+            facts[method.name] = repr(method)
         if several:
             more = {"n_epochs": n_epochs, "steps in an epoch": data.n_steps}
             more["having a checkpoint"] = checkpoint is not None
@@ -315,6 +352,8 @@ def train(
         history.engine = step.engine
         if several:
             history.notes.append(f"trained by {communicator.world_size} ranks")
+        if privacy is not None:
+            history.notes.append(run.method.note(len(history)))
         if step.reason:
             history.notes.insert(0, f"engine {step.engine}: {step.reason}")
     return history
@@ -345,6 +384,7 @@ class _Run:
         self.checkpoint: _Checkpoint | None = None
         self.communicator: Communicator = Alone()
         self.share: Share | None = None  # of several ranks
+        self.method: Any = None  # of private training
         self.ctrl_c = HeldBack(self.communicator)
         self.best: tuple[float, int, Array] | None = None  # validation loss, epoch, weights
         self.flat = model.parameters.flat
@@ -392,6 +432,8 @@ class _Run:
                 factor = factor_of(self.schedule, epoch - 1, n_epochs)
                 set_learning_rate(self.step, self.base_rate, factor)
                 row["learning_rate"] = float(self.base_rate) * factor
+            if self.method is not None:
+                row["epsilon"] = self.method.spent(epoch)
             self._one_epoch(bar)
             self._note(row)
             if self.share is None:
@@ -420,7 +462,10 @@ class _Run:
             for batch in self._batches(self.generator):
                 i += 1
                 self.losses[i] = self.step(*batch)
-                self.sizes[i] = len(batch[0]) if self.share is None else batch[2]
+                if self.share is None:
+                    self.sizes[i] = getattr(self.data, "n_rows", len(batch[0]))
+                else:
+                    self.sizes[i] = batch[2]
                 del batch
                 if time.monotonic() - looked > HEARTBEAT:
                     bad = ~np.isfinite(to_host(self.losses[: i + 1]))  # and so wait for the device
@@ -517,17 +562,22 @@ class _Run:
         if found is None:
             return
         arrays, state = found
+        with reading_state(self.checkpoint.path):
+            best, columns = state["best"], state["columns"]
+            expected = {"weights": self.flat} | ({} if best is None else {"best": self.flat})
+            expected |= {f"optimizer.{name}": a for name, a in self.step.state.items()}
+            check_contents(self.checkpoint.path, arrays, columns, expected)
+            if self.generator is not None:
+                self.generator.bit_generator.state = state["generator"]
+            loss, epoch = (math.inf, 0) if best is None else (float(best[0]), int(best[1]))
         self.flat[...] = self.model.device.asarray(arrays["weights"])
         for name, array in self.step.state.items():
             array[...] = self.model.device.asarray(arrays[f"optimizer.{name}"])
         for good in self.good:
             good[...] = self.flat
-        if self.generator is not None:
-            self.generator.bit_generator.state = state["generator"]
-        if state["best"] is not None:
-            loss, epoch = state["best"]
-            self.best = loss, epoch, self.model.device.asarray(arrays["best"])
-        self.history.columns = {name: list(values) for name, values in state["columns"].items()}
+        if best is not None:
+            self.best = loss, epoch, self.model.device.asarray(arrays["best"].copy())
+        self.history.columns = {name: list(values) for name, values in columns.items()}
         self.clock.before = self.clock.told = self.history.seconds
         self.n_told = len(self.history)
         self.n_good[...] = self.n_told
@@ -1063,6 +1113,14 @@ def positive_integer(name: str, value: Any) -> int:
     return int(value)
 
 
+def positive_number(name: str, value: Any) -> float:
+    """Return a number of any type as a float, or say that it is none, or not positive."""
+    is_number = isinstance(value, Real) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a positive number, got {value!r}")
+    return float(value)
+
+
 def check_model(model: Any) -> None:
     """Refuse what is no model, such as its class, or the data in its place."""
     if isinstance(model, type):
@@ -1090,6 +1148,57 @@ def _check_ranks(communicator: Communicator, settings: dict[str, Any], model: Mo
     others = {"gpuml's version": __version__, "the weights to begin with": weights[:16]}
     check_agreement(communicator, settings | others)
     communicator.all_reduce(model.device.xp.zeros(1))  # connects GPUs, or says why it cannot
+
+
+class PrivacySettings(Protocol):
+    """What `train` asks of :class:`gpuml.privacy.Privacy`."""
+
+    def generator(self) -> np.random.Generator:
+        """Return what chooses the rows of each step."""
+        ...
+
+    def method(self, data: PoissonBatches, n_epochs: int) -> Method:
+        """Return how gradients are found."""
+        ...
+
+
+def _check_privacy(
+    privacy: Any,
+    data: Batches,
+    shuffle: bool,
+    adversarial: Any,
+    clip_norm: float | None,
+) -> None:
+    """Refuse what private training cannot do, or would not keep private."""
+    if not hasattr(privacy, "method"):
+        raise TypeError(
+            "privacy must be settings such as gpuml.privacy.Privacy(noise_multiplier=1.1), got "
+            f"{privacy!r}"
+        )
+    if not isinstance(data, ArrayBatches):
+        raise ValueError(
+            "private training draws each batch from all rows, so X and y must be arrays that fit "
+            "on the device: no source of batches, and nothing that is streamed"
+        )
+    if not shuffle:
+        raise ValueError("private training draws its rows by chance: leave shuffle=False away")
+    if adversarial is not None:
+        raise ValueError("adversarial training is not private: give adversarial or privacy")
+    if clip_norm is not None:
+        raise ValueError("private training clips by itself: Privacy(clip_norm=…)")
+
+
+def _method(adversarial: Method | None, model: Model, data: Batches, loss: Loss) -> Method | None:
+    """Return how gradients are found, checked against what is trained; None if plainly."""
+    if adversarial is None:
+        return None
+    if not hasattr(adversarial, "prepare"):
+        raise TypeError(
+            f"adversarial must be settings such as gpuml.robustness.PGD(strength=0.1), got "
+            f"{adversarial!r}"
+        )
+    adversarial.check(model, data, loss)
+    return adversarial
 
 
 def _named(thing: Any) -> str:

@@ -140,8 +140,8 @@ def write_task(
     folder: str | Path, sizes: Sequence[int], X: Any, y: Any, *, n_models: int | None = None
 ) -> None:
     """Write samples, labels, and start weights of perceptrons, where a Task reads them."""
-    np.save(Path(folder) / X_FILE, X)
-    np.save(Path(folder) / Y_FILE, y.astype(np.int64))
+    np.save(Path(folder) / X_FILE, X, allow_pickle=False)
+    np.save(Path(folder) / Y_FILE, y.astype(np.int64), allow_pickle=False)
     models = [MLP(sizes, seed=i, device=CPU).parameters for i in range(n_models or 1)]
     start = (
         models[0] if n_models is None else {k: np.stack([m[k] for m in models]) for k in models[0]}

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -129,6 +130,8 @@ def test_digits_with_the_defaults(works):
     run = Path("runs/001")
     assert facts["results"] == f"{run}{os.sep} with {', '.join(cli.RESULTS)}"
     assert sorted(os.listdir(run)) == ["history.csv", "history.png", "model.safetensors"]
+    digits = hashlib.sha256(Path(run, "model.safetensors").read_bytes()).hexdigest()
+    assert facts["sha256"] == f"{digits} of model.safetensors"
     rows = list(csv.DictReader(Path(run, "history.csv").read_text().splitlines()))
     assert list(rows[0]) == ["epoch", "loss", "validation_loss", "validation_accuracy", "seconds"]
     assert [row["epoch"] for row in rows] == [str(i) for i in range(1, 41)]

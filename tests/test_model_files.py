@@ -462,3 +462,24 @@ def test_preprocessing_options_that_cannot_be(options):
     assert "preprocessing is damaged" in fault(
         written(arrays, description | {"preprocessing": options})
     )
+
+
+def test_names_too_long_to_be_read_again_are_refused_when_written():
+    saved(MLP([3, 2], device="cpu"))
+    old = Path(FILE).read_bytes()
+    with pytest.raises(ModelFileError, match=r"would take 8,\d+,\d+ bytes, and at most 8,388,608"):
+        save_arrays(FILE, {"a": np.ones(2)}, {"k": "x" * 2**23})
+    assert Path(FILE).read_bytes() == old
+    assert os.listdir() == [FILE]
+
+
+def test_every_type_of_the_format_that_numpy_has_comes_back(rng):
+    arrays = {
+        name: np.frombuffer(rng.bytes(16), dtype) for name, dtype in model_files.DTYPES.items()
+    }
+    arrays["BOOL"] = np.array([True, False])
+    save_arrays(FILE, arrays, {})
+    again, _ = load_arrays(FILE)
+    for name, array in load_file(FILE).items():
+        assert (again[name].dtype, again[name].tobytes()) == (array.dtype, array.tobytes())
+    assert set(again) == set(arrays)

@@ -20,7 +20,7 @@ def names() -> list[str]:
     Examples
     --------
     >>> names()[:3]
-    ['epoch_end', 'epochs_end', 'linear_gradient']
+    ['clip_norm', 'epoch_end', 'epochs_end']
     """
     files = (entry.name for entry in resources.files(__name__).iterdir())
     return sorted(name.removesuffix(".cu") for name in files if name.endswith(".cu"))
