@@ -95,7 +95,8 @@ class Odd:
     """An optimizer of one's own."""
 
     def init(self, parameters):
-        return {"learning_rate": np.array(0.1), "last": parameters.zeros_like().flat}
+        zeros = parameters.zeros_like().flat
+        return {"learning_rate": zeros[:1] + 0.1, "last": zeros}
 
     def update(self, parameters, gradients, state):
         state["last"][...] = gradients.flat
