@@ -10,9 +10,10 @@ from gpuml import gpu_layers
 from gpuml.devices import Array, device_of
 from gpuml.distributed import Communicator
 from gpuml.models import Parameters
+from gpuml.peer_copies import MOST_BUCKETS
 
 # Layers are put together until they fill a bucket: below some megabytes a sum over GPUs takes as
-# long as its latency (tests/benchmarks/buckets.py).
+# long as its latency (the last table of tests/benchmarks/gpu_ranks.py).
 BUCKET_BYTES = 4 * 2**20
 
 
@@ -74,7 +75,8 @@ class Buckets(Parameters):
         self._mean = self.under_way = False
         on_gpu = device.kind == "gpu"
         # A CPU has nobody to carry messages while it computes.
-        least = bucket_bytes // self.sums.itemsize if on_gpu else self.sums.size
+        least = max(bucket_bytes // self.sums.itemsize, -(-n // (MOST_BUCKETS - 1)))
+        least = least if on_gpu else n
         self.slices, names = _cut(parameters, least)
         self._bucket_of = {name: i for i, group in enumerate(names) for name in group}
         self._sizes = [len(group) for group in names]

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import gpuml
-from gpuml import batches, distributed, steps
+from gpuml import batches, buckets, distributed, steps
 from gpuml.batches import ArrayBatches
 from gpuml.distributed import Alone, DistributedError, HeldBack, check_agreement, share_of
 
@@ -310,6 +310,13 @@ def test_a_step_by_buckets_is_a_step(device, rng, monkeypatch, optimizer, bucket
     assert any(np.isclose(part[-1], said[0][-1], rtol=1e-12) for part in sent), "the loss is there"
     if device.kind == "gpu":
         assert len(sent) == {1: 6, 1000: 2, 10**6: 1}[bucket_bytes]
+
+
+def test_there_are_no_more_buckets_than_flags(device, monkeypatch):
+    """One more would raise the flag of another rank."""
+    monkeypatch.setattr(buckets, "MOST_BUCKETS", 4)
+    parameters = gpuml.MLP([2] * 50, device=device).parameters
+    assert len(buckets.Buckets(parameters, Pretending(0, 2), 1).slices) <= 4
 
 
 @pytest.mark.parametrize("shuffle", [False, True])
