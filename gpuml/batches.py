@@ -610,7 +610,8 @@ def _gathered(
 
     def put(i: int) -> None:
         run = runs[i]
-        rows[places[ends[i] - (run.stop - run.start) : ends[i]]] = array[run]
+        with np.errstate(over="ignore"):  # a thread has its own; training will name the number
+            rows[places[ends[i] - (run.stop - run.start) : ends[i]]] = array[run]
         drop_pages(array[run])
 
     list(pool.map(put, range(len(runs))))

@@ -22,6 +22,7 @@ from gpuml.batches import ArrayBatches
 from gpuml.blocking import parse_size, size_text
 from gpuml.devices import CPU, Array, array_module, blas_threads, device_of, to_host
 from gpuml.errors import DeviceMemoryError, unknown_name
+from gpuml.faults import cause_in_data
 from gpuml.history import SCORES, SHOWN_ROWS, History, aligned, html_table, number_text
 from gpuml.losses import Loss, get_loss, softmax_cross_entropy
 from gpuml.model_files import replacing
@@ -41,7 +42,6 @@ from gpuml.schedules import Schedule, get_schedule
 from gpuml.training import (
     DivergenceError,
     TrainingInterrupted,
-    cause_in_data,
     check_model,
     check_numbers,
     is_pair,

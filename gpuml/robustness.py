@@ -19,6 +19,8 @@ import numpy as np
 
 from gpuml.batches import Batches
 from gpuml.devices import Array, array_module, blas_threads, device_of, to_host
+from gpuml.errors import DataError
+from gpuml.faults import cause_in_data, cause_in_weights, first_non_finite
 from gpuml.gpu_layers import fused
 from gpuml.losses import LOSSES, Loss, get_loss, softmax_cross_entropy
 from gpuml.models import Model, Parameters
@@ -115,7 +117,7 @@ class PGD:
             If data are outside the bounds, the strength is beyond them, or the model carries no
             gradient to its inputs.
         """
-        lowest, highest = math.inf, -math.inf
+        lowest, highest, n_rows = math.inf, -math.inf, 0
         for x, y in data.epoch(None):
             if lowest == math.inf:
                 _check_input_gradient(model, x[:1], y[:1], loss)
@@ -125,7 +127,14 @@ class PGD:
             low, high = float(x.min()), float(x.max())
             if math.isnan(low):
                 return  # training, or its loss, will name the place
-            lowest, highest = min(lowest, low), max(highest, high)
+            found = None if math.isfinite(high - low) else first_non_finite(x, x.dtype)
+            if found is not None:  # and an attack would bring it back into the bounds
+                row, column, value = found
+                raise DataError(
+                    f"row {n_rows + row}, column {column} of X is {value:g} in {x.dtype}, outside "
+                    f"bounds={self.bounds}"
+                )
+            lowest, highest, n_rows = min(lowest, low), max(highest, high), n_rows + len(x)
         assert self.bounds is not None
         low, high = map(x.dtype.type, self.bounds)
         if lowest < low or highest > high:
@@ -485,6 +494,12 @@ def _prepared(
         raise ValueError("y is missing: an attack leads away from the right answers")
     with model.device.use(), np.errstate(all="ignore"):
         data = source_of(model, X, y, loss, EVALUATED_ROWS, None, smaller=True)
+        cause = cause_in_data({"X": X, "y": y}, model.dtype)
+        if cause:
+            raise DataError(f"what is attacked must be finite, and {cause}")
+        cause = cause_in_weights(model.parameters)
+        if cause:
+            raise ValueError(f"a model that is attacked must be finite, and {cause}")
         for attack in attacks:
             attack.check(model, data, loss)
         with blas_threads(largest_product(model, data.batch_size)):

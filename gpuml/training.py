@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 import sys
 import time
@@ -20,7 +19,6 @@ import numpy as np
 
 from gpuml import __version__
 from gpuml.batches import (
-    GATHERED_BYTES,
     ArrayBatches,
     Batches,
     GivenBatches,
@@ -48,6 +46,13 @@ from gpuml.distributed import (
     share_of,
 )
 from gpuml.errors import DataError, GpumlError
+from gpuml.faults import (
+    Fault,
+    cause_in_data,
+    cause_in_weights,
+    fault_in_steps,
+    vectors_not_finite,
+)
 from gpuml.fused import FusedStep
 from gpuml.gpu_layers import EpochEnd, all_finite, fused
 from gpuml.history import History
@@ -55,7 +60,7 @@ from gpuml.losses import Loss, get_loss, mean_squared_error, softmax_cross_entro
 from gpuml.matmul import Precision
 from gpuml.memory_maps import mapped_file
 from gpuml.model_files import check_place
-from gpuml.models import Linear, Model
+from gpuml.models import Linear, Model, Parameters
 from gpuml.optimizers import GradientDescent, Optimizer, get_optimizer
 from gpuml.regression import largest_stable_learning_rate
 from gpuml.schedules import Schedule, factor_of, get_schedule
@@ -210,6 +215,8 @@ def train(
     ------
     TypeError
         If `X` lives on a GPU and the model elsewhere.
+    DataError
+        If engines or methods that read the data first find numbers that are not finite there.
     DistributedError
         If ranks were told different things, or share a GPU.
     ValueError
@@ -217,7 +224,8 @@ def train(
     CheckpointError
         If the checkpoint is of another model, data or setting; the message names the difference.
     DivergenceError
-        If the loss or the weights stop being finite.
+        If the loss or the weights stop being finite; the message says where that arose: in which
+        number of the data, which parameter, which layer for which row, or in whose function.
     TrainingInterrupted
         If Ctrl-C comes; the model then holds the weights of the last finished epoch.
 
@@ -263,9 +271,17 @@ def train(
             assert isinstance(data, ArrayBatches)
             data = PoissonBatches(*data.arrays, data.batch_size)
             adversarial = privacy.method(data, n_epochs)
-        method = _method(adversarial, model, data, loss)
+        with np.errstate(all="ignore"):  # training will name weights that are not finite
+            method = _method(adversarial, model, data, loss)
         options |= {"method": method, "clip_norm": clip_norm}
-        step = make_step(model, loss, optimizer, data, engine, precision, **options)
+        try:
+            step = make_step(model, loss, optimizer, data, engine, precision, **options)
+        except DataError as error:  # of the engine gram, which reads the data before all steps
+            named = {"X": X, "y": y}
+            cause = cause_in_data(named, model.dtype) or cause_in_data(
+                named, model.dtype, squares=True
+            )
+            raise DataError(f"{error}: {cause}" if cause else str(error)) from None
         history = History(
             device=str(model.device),
             engine=step.engine,
@@ -336,6 +352,8 @@ def train(
         except BaseException as error:
             if not isinstance(error, KeyboardInterrupt | _NotFiniteError):
                 communicator.end_all(error)  # the other ranks do not know of it
+            if isinstance(error, _NotFiniteError) and error.weights is None:
+                error.weights = to_host(run.flat).copy()
             run.give_up()
             if isinstance(error, KeyboardInterrupt):
                 if several and not run.ctrl_c.agreed:
@@ -346,9 +364,18 @@ def train(
                 if validation_data is not None:
                     named |= {"X of the validation data": validation_data[0]}
                     named |= {"y of the validation data": validation_data[1]}
-                message = _explain(error, named, optimizer, history, model, loss)
+                fault = None
+                with suppress(Exception):  # whatever comes in between, say at least what is known
+                    fault = run.fault(error, precision, "" if y is None else "X")
+                message = _explain(error, named, optimizer, history, model, loss, fault)
                 raise DivergenceError(message, history) from None
             raise
+        overflowed = vectors_not_finite(step.state, run.flat)
+        if overflowed:
+            history.notes.append(
+                f"{' and '.join(overflowed)} of the optimizer overflowed, so that some weights may "
+                "stand still: squares of gradients are too large; standardise the features"
+            )
         history.engine = step.engine
         if several:
             history.notes.append(f"trained by {communicator.world_size} ranks")
@@ -534,7 +561,7 @@ class _Run:
         for name, value in measured.items():
             if not math.isfinite(value) and name != "r2":
                 what = f"the validation {name} is not finite"
-                raise _NotFiniteError(self.data.n_steps, what)
+                raise _NotFiniteError(self.data.n_steps, what, validation=True)
             row[f"validation_{name}"] = value
         loss = row["validation_loss"]
         if self.patience is not None and (self.best is None or loss < self.best[0]):
@@ -554,6 +581,19 @@ class _Run:
             with suppress(_NotFiniteError):
                 self.look(None)
         self.flat[...] = self.good[self.n_told % 2]
+
+    def fault(
+        self, error: _NotFiniteError, precision: Precision | None, table: str
+    ) -> Fault | None:
+        """Return what is not finite first by the weights that are kept, or were validated."""
+        flat, data = self.flat, self.data
+        options: dict[str, Any] = {"precision": precision} if precision else {}
+        if error.validation:
+            assert self.held_out is not None
+            flat, data = self.model.device.asarray(error.weights), self.held_out
+            options, table = {}, "X of the validation data"
+        parameters = Parameters(flat, self.model.parameters.shapes)
+        return fault_in_steps(self.model, parameters, self.loss, data, options, table=table)
 
     def take_up(self) -> None:
         """Go on from where the checkpoint says, if there is one."""
@@ -719,10 +759,11 @@ class _FusedRun(_Run):
             good[-1] = False
         n_good = int(good.argmin()) if not good.all() else len(good)
         if n_good < len(good):
+            weights = to_host(self.flat).copy()
             n_good = self._take_back(chunk, n_good)
         self._tell(chunk, losses[:n_good], bar)
         if n_good < len(good):
-            raise _not_finite(losses[n_good])
+            raise _not_finite(losses[n_good], weights)
         del self.chunks[0]
         if self.checkpoint is not None and bar is not None and self.checkpoint.due(self.history):
             self.checkpoint.save(self)
@@ -970,21 +1011,32 @@ class _Squares:
         return scores.mean(axis=-1)
 
 
-def _not_finite(losses: np.ndarray[Any, Any]) -> _NotFiniteError:
+def _not_finite(
+    losses: np.ndarray[Any, Any], weights: np.ndarray[Any, Any] | None = None
+) -> _NotFiniteError:
     """Say what went wrong in an epoch that did not end well."""
     finite = np.isfinite(losses)
     if finite.all():
-        return _NotFiniteError(len(losses), "a weight is not finite")
+        return _NotFiniteError(len(losses), "a weight is not finite", weights)
     step = int(finite.argmin())
-    return _NotFiniteError(step + 1, f"the loss is {losses[step]}, which is not finite")
+    return _NotFiniteError(step + 1, f"the loss is {losses[step]}, which is not finite", weights)
 
 
 class _NotFiniteError(Exception):
     """A number stopped being finite; `step` counts from 1 inside the epoch."""
 
-    def __init__(self, step: int, what: str) -> None:
+    def __init__(
+        self,
+        step: int,
+        what: str,
+        weights: np.ndarray[Any, Any] | None = None,
+        *,
+        validation: bool = False,
+    ) -> None:
         self.step = step
         self.what = what
+        self.weights = weights  # when that was noticed, on the host
+        self.validation = validation
 
 
 def _explain(
@@ -994,14 +1046,31 @@ def _explain(
     history: History,
     model: Model,
     loss: Loss,
+    fault: Fault | None,
 ) -> str:
     """Say where a number stopped being finite, why, and what to do."""
     where = f"epoch {len(history) + 1}, step {error.step}: {error.what}"
     cause = cause_in_data(data, model.dtype)
     if cause:
         return f"{where}, since {cause}"
-    if error.what.startswith("the validation"):
+    cause = cause_in_weights(model.parameters)
+    if cause:  # since these are those from before training
+        return f"{where}, since already before training {cause}"
+    if fault is not None:
+        where += f", since {fault.text}"
+        if fault.own:
+            return f"{where}: look into that function"
+        if not len(history) and not error.validation:
+            return f"{where}, even by the weights from before training: standardise the features"
+    elif error.validation:
         where += " on data that the model has not seen; some may be far from the training data"
+    else:
+        cause = cause_in_data(data, model.dtype, squares=True)
+        if cause:
+            return f"{where}, and {cause} either: standardise the features"
+        if error.weights is not None and not np.isnan(error.weights).all():
+            cause = cause_in_weights(Parameters(error.weights, model.parameters.shapes))
+            where += f". Then {cause}" if cause else ""
     rate = getattr(optimizer, "learning_rate", None)
     cure = f"try learning_rate={rate / 10:g} instead of {rate:g}" if rate else "lower its rate"
     gradient_descent = isinstance(optimizer, GradientDescent) and type(model) is Linear
@@ -1031,38 +1100,6 @@ def _rounded_down(value: float) -> float:
     """Return a positive number with three digits, not above it."""
     unit = 10.0 ** (math.floor(math.log10(value)) - 2)
     return math.floor(value / unit) * unit
-
-
-def cause_in_data(data: Mapping[str, Any], dtype: np.dtype[Any]) -> str:
-    """Return what is wrong with the data, such as ``"row 3, column 1 of X is not"``, or ""."""
-    pairs = data["X"] if data["y"] is None else ()  # a source of batches
-    in_batches = (
-        (f"{name} in batch {i} (counted from 0)", array)
-        for i, pair in enumerate(pairs)
-        for name, array in zip("xy", pair, strict=True)
-    )
-    for name, array in itertools.chain(data.items(), in_batches):
-        found = _first_non_finite(array, dtype)
-        if found is not None:
-            row, column, value = found
-            large = f": {value:g} is too large for {dtype}" if math.isfinite(value) else ""
-            return f"row {row}, column {column} of {name} is not{large}"
-    return ""
-
-
-def _first_non_finite(array: Any, dtype: np.dtype[Any]) -> tuple[int, int, float] | None:
-    """Return row, column and value of the first number that is not finite as `dtype`, or None."""
-    if getattr(getattr(array, "dtype", None), "kind", "") != "f":
-        return None
-    rows = max(1, GATHERED_BYTES // max(1, array[:1].nbytes))
-    for first in range(0, len(array), rows):
-        part = array[first : first + rows]
-        with np.errstate(over="ignore"):
-            finite = array_module(array).isfinite(part.astype(dtype, copy=False))
-        if not bool(finite.all()):
-            row, column = divmod(int((~finite).argmax()), math.prod(array.shape[1:]))
-            return first + row, column, float(part[row].reshape(-1)[column])
-    return None
 
 
 class ProgressBar:
@@ -1180,6 +1217,9 @@ def _check_privacy(
             "private training draws each batch from all rows, so X and y must be arrays that fit "
             "on the device: no source of batches, and nothing that is streamed"
         )
+    cause = cause_in_data({"y": data.arrays[1]}, data.arrays[1].dtype)
+    if cause:  # NaN would say that there is no row
+        raise DataError(f"the targets must be finite, and {cause}")
     if not shuffle:
         raise ValueError("private training draws its rows by chance: leave shuffle=False away")
     if adversarial is not None:

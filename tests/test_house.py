@@ -29,7 +29,7 @@ FLOORS = [
     | {"sharing"}
     | {"metrics", "schedules", "operations", "rounding", "noise"},
     {"models", "optimizers", "batches", "history", "blocked"}
-    | {"gradients", "regression", "checkpoints", "buckets"},
+    | {"gradients", "regression", "checkpoints", "buckets", "faults"},
     {"cpu_populations", "population_runs", "populations", "searches"}
     | {"cpu_layers", "one_pass", "fused", "fused_populations", "steps", "training"}
     | {"robustness", "privacy"},
@@ -58,6 +58,7 @@ NEIGHBOURS += [("training", "populations"), ("population_runs", "populations")]
 NEIGHBOURS += [(name, "searches") for name in ("training", "population_runs", "populations")]
 NEIGHBOURS += [(used, name) for used in ("steps", "training") for name in ("robustness", "privacy")]
 NEIGHBOURS += [("models", "gradients"), ("models", "regression")]
+NEIGHBOURS += [("models", "faults"), ("batches", "faults")]
 NEIGHBOURS += [("doctor", "cli"), ("recordings", "cli"), ("cli", "__main__")]
 NEIGHBOURS += [("rivals", "workloads"), ("rivals", "peers"), ("workloads", "peers")]
 NEIGHBOURS += [("workloads", "cli"), ("peers", "cli")]
