@@ -1056,7 +1056,14 @@ def _explain(
     cause = cause_in_weights(model.parameters)
     if cause:  # since these are those from before training
         return f"{where}, since already before training {cause}"
-    if fault is not None:
+    rate = getattr(optimizer, "learning_rate", None)
+    cure = f"try learning_rate={rate / 10:g} instead of {rate:g}" if rate else "lower its rate"
+    largest = _largest_stable_rate(optimizer, data, model, loss)
+    too_fast = rate is not None and rate > largest
+    if too_fast:
+        stable = f"the largest stable learning_rate is {_rounded_down(largest):g}"
+        cure = f"with all samples at once {stable}, yours is {rate:g}"
+    if fault is not None and not (too_fast and len(history)):
         where += f", since {fault.text}"
         if fault.own:
             return f"{where}: look into that function"
@@ -1064,36 +1071,36 @@ def _explain(
             return f"{where}, even by the weights from before training: standardise the features"
     elif error.validation:
         where += " on data that the model has not seen; some may be far from the training data"
-    else:
+    elif not too_fast:
         cause = cause_in_data(data, model.dtype, squares=True)
         if cause:
             return f"{where}, and {cause} either: standardise the features"
         if error.weights is not None and not np.isnan(error.weights).all():
             cause = cause_in_weights(Parameters(error.weights, model.parameters.shapes))
             where += f". Then {cause}" if cause else ""
-    rate = getattr(optimizer, "learning_rate", None)
-    cure = f"try learning_rate={rate / 10:g} instead of {rate:g}" if rate else "lower its rate"
-    gradient_descent = isinstance(optimizer, GradientDescent) and type(model) is Linear
-    if gradient_descent and loss is mean_squared_error and hasattr(data["X"], "dtype"):
-        largest = math.inf
-        with suppress(DataError):  # squares that are infinite: no rate is small enough
-            largest = largest_stable_learning_rate(
-                data["X"],
-                n_outputs=model.sizes[1],
-                bias="bias" in model.parameters,
-                momentum=optimizer.momentum,  # type: ignore[attr-defined]
-            )
-        decay = optimizer.weight_decay  # type: ignore[attr-defined]
-        if decay:  # adds to all curvatures but those along biases
-            reach = 2 * (1 + optimizer.momentum)  # type: ignore[attr-defined]
-            largest = reach / (reach / largest + decay)
-        if rate is not None and rate > largest:
-            cure = (
-                "with all samples at once the largest stable learning_rate is "
-                f"{_rounded_down(largest):g}, "
-                f"yours is {rate:g}"
-            )
     return f"{where}. The steps may be too large: {cure}, or standardise the features"
+
+
+def _largest_stable_rate(
+    optimizer: Optimizer, data: Mapping[str, Any], model: Model, loss: Loss
+) -> float:
+    """Return the largest rate by which full-batch least squares converge; infinite if unknown."""
+    largest = math.inf
+    known = isinstance(optimizer, GradientDescent) and type(model) is Linear
+    if not known or loss is not mean_squared_error or not hasattr(data["X"], "dtype"):
+        return largest
+    with suppress(DataError):  # squares that are infinite: no rate is small enough
+        largest = largest_stable_learning_rate(
+            data["X"],
+            n_outputs=model.sizes[1],
+            bias="bias" in model.parameters,
+            momentum=optimizer.momentum,  # type: ignore[attr-defined]
+        )
+    decay = optimizer.weight_decay  # type: ignore[attr-defined]
+    if decay:  # adds to all curvatures but those along biases
+        reach = 2 * (1 + optimizer.momentum)  # type: ignore[attr-defined]
+        largest = reach / (reach / largest + decay)
+    return largest
 
 
 def _rounded_down(value: float) -> float:
