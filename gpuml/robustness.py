@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from numbers import Real
@@ -23,9 +23,9 @@ from gpuml.errors import DataError
 from gpuml.faults import cause_in_data, cause_in_weights, first_non_finite
 from gpuml.gpu_layers import fused
 from gpuml.losses import LOSSES, Loss, get_loss, softmax_cross_entropy
-from gpuml.models import Model, Parameters
+from gpuml.models import MODELS, Model, Parameters
 from gpuml.noise import Noise
-from gpuml.steps import Gradient, Work
+from gpuml.steps import Gradient, Recorder, Repeated, Work, graph_limit
 from gpuml.training import (
     EVALUATED_ROWS,
     check_model,
@@ -37,6 +37,9 @@ from gpuml.training import (
 
 Norm: TypeAlias = Literal["inf", 2]
 Bounds: TypeAlias = tuple[float, float] | None
+
+# From so many steps of attacks on it pays to load what captures products (half a second).
+CAPTURE_PAYS = 100
 
 FOOLED = 1e6  # what a wrong label counts beside the loss, when perturbations are compared
 
@@ -166,23 +169,27 @@ class _Attack:
         noise: Noise,
         parameters: Parameters | None = None,
         options: dict[str, Any] | None = None,
+        recorder: Recorder | None = None,
     ) -> None:
         self._settings, self._model, self._loss, self._noise = settings, model, loss, noise
         self._parameters, self._options = parameters or model.parameters, options or {}
         self._low, self._high = settings.bounds or (-math.inf, math.inf)
+        self._repeated, self._pads = Repeated(recorder), recorder is not None
 
     def __call__(self, x: Array, y: Array) -> Array:
         """Return perturbed rows."""
-        settings = self._settings
-        x = array_module(x).ascontiguousarray(x)
+        settings, xp, n = self._settings, array_module(x), len(x)
+        if self._pads and _padded(n) > n:
+            rows = xp.minimum(xp.arange(_padded(n)), n - 1)
+            x, y = x[rows], y[rows]
+        x = xp.ascontiguousarray(x)
         moved = self._start(x) if settings.random_start else x.copy()
-        for _ in range(settings.n_steps):
-            gradient = self._gradient(moved, y)
-            if settings.norm == "inf":
-                self._step_inf(moved, x, gradient)
-            else:
-                self._step_2(moved, x, gradient)
-        return moved
+        self._repeated(self._step, settings.n_steps, moved, x, y)
+        return moved[:n]
+
+    def _step(self, moved: Array, x: Array, y: Array) -> None:
+        take_step = self._step_inf if self._settings.norm == "inf" else self._step_2
+        take_step(moved, x, self._gradient(moved, y))
 
     def _gradient(self, x: Array, y: Array) -> Array:
         predictions, backward = self._model.forward(self._parameters, x, **self._options)
@@ -233,6 +240,12 @@ class _Attack:
         moved += x
         # Towards x, which is within the bounds: so the length does not grow.
         xp.clip(moved, self._low, self._high, out=moved)
+
+
+def _padded(n_rows: int) -> int:
+    """Return up to how many rows a batch is filled, so that few shapes have to be captured."""
+    unit = 1 << max(0, n_rows.bit_length() - 3)  # a quarter more, at most
+    return -(-n_rows // unit) * unit
 
 
 def _lengths(rows: Array) -> Array:
@@ -437,7 +450,8 @@ def adversarial_accuracy(
     weakest_first = sorted(range(len(flat)), key=flat.__getitem__)
     n_right = np.zeros(len(flat))
     noise = Noise(seed, model.device)
-    with _prepared(attacks, model, X, y, softmax_cross_entropy, noise) as (made, data):
+    prepared = _prepared(attacks, model, X, y, softmax_cross_entropy, noise, n_restarts)
+    with prepared as (made, data):
         for x, labels in data.epoch(None):
             right = model(x).argmax(axis=-1) == labels
             for i in weakest_first:
@@ -459,7 +473,7 @@ def _perturbed(
     loss = get_loss(loss or usual_loss(X, y))
     noise = Noise(settings.seed, model.device)
     xp, home, found = model.device.xp, device_of(X), []
-    with _prepared([settings], model, X, y, loss, noise) as ([attack], data):
+    with _prepared([settings], model, X, y, loss, noise, n_restarts) as ([attack], data):
         for x, targets in data.epoch(None):
             best, best_score = attack(x, targets), None
             for _ in range(n_restarts - 1):
@@ -487,7 +501,13 @@ def _score(model: Model, x: Array, y: Array, loss: Loss) -> Array:
 
 @contextmanager
 def _prepared(
-    attacks: list[PGD], model: Model, X: Array, y: Array, loss: Loss, noise: Noise
+    attacks: list[PGD],
+    model: Model,
+    X: Array,
+    y: Array,
+    loss: Loss,
+    noise: Noise,
+    n_restarts: int,
 ) -> Iterator[tuple[list[_Attack], Batches]]:
     """Yield the attacks, and the data as batches, all checked."""
     if y is None:
@@ -503,7 +523,20 @@ def _prepared(
         for attack in attacks:
             attack.check(model, data, loss)
         with blas_threads(largest_product(model, data.batch_size)):
-            yield [_Attack(attack, model, loss, noise) for attack in attacks], data
+            n_steps = sum(a.n_steps for a in attacks if a.strength) * n_restarts * data.n_steps
+            recorder = _recorder(model, loss, data) if n_steps >= CAPTURE_PAYS else None
+            yield [_Attack(a, model, loss, noise, recorder=recorder) for a in attacks], data
+
+
+def _recorder(model: Model, loss: Loss, data: Batches) -> Recorder | None:
+    """Return what captures the steps of attacks, or None where they are called one by one."""
+    # What is not of this package may do more than launch kernels.
+    known = type(model) in MODELS.values() and loss in LOSSES.values()
+    if not known or graph_limit(model, data) is not None:
+        return None
+    with suppress(Exception):  # a library that is there and does not load
+        return Recorder(model.device.xp)
+    return None
 
 
 def _check_input_gradient(model: Model, x: Array, y: Array, loss: Loss) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from typing import Any, Literal, Protocol, TypeAlias
@@ -335,6 +336,97 @@ class RankStep(EagerStep):
         return self._update()
 
 
+class Recorder:
+    """Captures work on a GPU as CUDA graphs; what they use stays where it is as long as this.
+
+    Parameters
+    ----------
+    xp : module
+        CuPy.
+
+    Attributes
+    ----------
+    stream : cupy.cuda.Stream
+        For the work; it and the usual stream wait for each other.
+
+    Raises
+    ------
+    Exception
+        If the library of products that can be captured is not there, or does not load.
+    """
+
+    def __init__(self, xp: Any) -> None:
+        self._cuda = xp.cuda
+        self._pool, self.stream = xp.cuda.MemoryPool(), xp.cuda.Stream()
+        with self.stream, self._allocator():
+            self._products = CapturedProducts(self.stream)
+
+    def _allocator(self) -> Any:
+        return self._cuda.using_allocator(self._pool.malloc)
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Let work inside the block use what a capture will use: before it, all is loaded so."""
+        with self.stream, self._allocator(), self._products:
+            yield
+
+    def capture(self, work: Callable[..., Any], *arrays: Array) -> tuple[Any, list[Array], Any]:
+        """Return the graph of some work, copies of the arrays on which it works, and its result.
+
+        Nothing happens until the graph is launched in the stream. CuPy and CUDA have many ways to
+        say that it cannot be.
+        """
+        with self.working():
+            copies = [a.copy() for a in arrays]
+            self.stream.begin_capture()
+            try:
+                result = work(*copies)
+            finally:
+                graph = self.stream.end_capture()
+        return graph, copies, result
+
+
+class Repeated:
+    """Work in place that is done several times: on a GPU captured with the second, then replayed.
+
+    Parameters
+    ----------
+    recorder : Recorder or None
+        Without one, each time is a call.
+    """
+
+    def __init__(self, recorder: Recorder | None) -> None:
+        self._recorder = recorder
+        self._graphs: dict[Any, tuple[Any, list[Array]]] = {}  # by shapes, with their arrays
+
+    def __call__(self, work: Callable[..., Any], n_times: int, *arrays: Array) -> None:
+        """Do the work, always the same, so many times.
+
+        It is called with the arrays, changes the first of them, and never waits for the device.
+        """
+        shapes = tuple((a.shape, a.dtype) for a in arrays)
+        if self._recorder is not None and shapes not in self._graphs and n_times > 1:
+            with self._recorder.working():
+                work(*arrays)
+            n_times -= 1
+            try:
+                self._graphs[shapes] = self._recorder.capture(work, *arrays)[:2]
+            except Exception:  # it cannot be captured, and so is called
+                self._recorder = None
+        if self._recorder is None or shapes not in self._graphs:
+            for _ in range(n_times):
+                work(*arrays)
+            return
+        graph, copies = self._graphs[shapes]
+        xp = array_module(arrays[0])
+        with self._recorder.stream:
+            for copy, array in zip(copies, arrays, strict=True):
+                xp.copyto(copy, array)
+            for _ in range(n_times):
+                graph.launch()
+            xp.copyto(arrays[0], copies[0])
+
+
 class GraphStep(EagerStep):
     """The same work, captured once for each shape of a batch and then replayed in one launch.
 
@@ -354,13 +446,9 @@ class GraphStep(EagerStep):
         **options: Any,
     ) -> None:
         super().__init__(model, loss, optimizer, precision, **options)
-        cuda = model.device.xp.cuda
-        self._pool = cuda.MemoryPool()
-        self._stream = cuda.Stream()  # it and the usual stream wait for each other
         self._graphs: dict[Any, _Graph | None] = {}
         try:
-            with self._stream as stream, self._allocator():
-                self._products = CapturedProducts(stream)
+            self._recorder = Recorder(model.device.xp)
         except Exception as error:  # a library that is there and does not load
             self._give_up(error)
 
@@ -371,14 +459,14 @@ class GraphStep(EagerStep):
         shape = x.shape, y.shape, *n_rows
         if shape not in self._graphs:
             self._graphs[shape] = None
-            with self._stream, self._allocator(), self._products:
+            with self._recorder.working():
                 return super().__call__(x, y, *n_rows)
         graph = self._graphs[shape] or self._capture(x, y, *n_rows)
         if graph is None:
             return super().__call__(x, y, *n_rows)
         self._graphs[shape] = graph
         xp = self._model.device.xp
-        with self._stream:
+        with self._recorder.stream:
             xp.copyto(graph.x, x)
             xp.copyto(graph.y, y)
             graph.graph.launch()
@@ -389,19 +477,11 @@ class GraphStep(EagerStep):
         said = f"not graph, since the step cannot be captured: {_line(error)}"
         self.reason = "; ".join(filter(None, [self.reason, said]))
 
-    def _allocator(self) -> Any:
-        return self._model.device.xp.cuda.using_allocator(self._pool.malloc)
-
     def _capture(self, x: Array, y: Array, *n_rows: int) -> _Graph | None:
         """Return the graph of a step, or None and say why there is none."""
         try:
-            with self._stream as stream, self._allocator(), self._products:
-                x, y = x.copy(), y.copy()
-                stream.begin_capture()
-                try:
-                    loss = super().__call__(x, y, *n_rows)
-                finally:
-                    graph = stream.end_capture()
+            take_step = super().__call__
+            graph, (x, y), loss = self._recorder.capture(lambda *b: take_step(*b, *n_rows), x, y)
         except Exception as error:  # CuPy and CUDA have many ways to say no
             self._give_up(error)
             return None

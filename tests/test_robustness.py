@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from importlib.util import find_spec
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
 import gpuml
-from gpuml import MLP, Linear, Model, to_host
+from gpuml import MLP, Linear, Model, robustness, to_host
 from gpuml.robustness import PGD, adversarial_accuracy, fgsm, pgd
+from gpuml.steps import Recorder
 
 NORMS = ["inf", 2]
 
@@ -243,6 +246,125 @@ def test_more_rows_than_one_pass_takes(device, rng, monkeypatch):
     assert whole.shape == X.shape
 
 
+# --- captured ----------------------------------------------------------------------------------
+
+
+class SimulatedRecorder:
+    """Captures work as a call to be made later: like a graph, it knows its own arrays only."""
+
+    def __init__(self, fails=False) -> None:
+        self.stream, self.fails, self.captured, self.n_launches = nullcontext(), fails, [], 0
+
+    def working(self):
+        return nullcontext()
+
+    def capture(self, work, *arrays):
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        copies = [a.copy() for a in arrays]
+        self.captured.append([a.shape for a in arrays])
+
+        def launch():
+            self.n_launches += 1
+            work(*copies)
+
+        return SimpleNamespace(launch=launch), copies, None
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    found = SimulatedRecorder()
+    monkeypatch.setattr(robustness, "_recorder", lambda *_: found)
+    return found
+
+
+def attacked(rng_seed=4, n=45, norm="inf", **options):
+    X, y = problem(np.random.default_rng(rng_seed), n)
+    return pgd(mlp(), X, y, 0.15 if norm == "inf" else 0.4, norm=norm, **options)
+
+
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("options", [{}, {"random_start": False}, {"n_restarts": 5}], ids=str)
+def test_steps_that_are_replayed_lead_to_the_same_rows(recorder, monkeypatch, norm, options):
+    options |= {"norm": norm, "n_steps": 40 if "n_restarts" in options else 120}
+    replayed = attacked(**options)
+    n_steps = options["n_steps"] * options.get("n_restarts", 1)
+    assert recorder.n_launches == n_steps - 1, "all but the first, which loads what is needed"
+    assert recorder.captured == [[(48, 6), (48, 6), (48,)]], "45 rows are filled up to 48"
+    monkeypatch.setattr(robustness, "_recorder", lambda *_: None)
+    np.testing.assert_allclose(replayed, attacked(**options), rtol=0, atol=1e-12)
+
+
+def test_for_few_steps_nothing_is_captured(recorder):
+    attacked(n_steps=robustness.CAPTURE_PAYS - 1)
+    assert not recorder.captured
+    attacked(n_steps=robustness.CAPTURE_PAYS)
+    assert recorder.captured
+
+
+def test_where_a_step_cannot_be_captured_it_is_called(recorder, monkeypatch):
+    recorder.fails = True
+    found = attacked(n_steps=40, n_restarts=3)
+    assert not recorder.n_launches
+    monkeypatch.setattr(robustness, "_recorder", lambda *_: None)
+    np.testing.assert_allclose(found, attacked(n_steps=40, n_restarts=3), rtol=0, atol=1e-12)
+
+
+def test_accuracies_need_few_shapes(recorder, monkeypatch, rng):
+    model, X, y = trained(rng, dtype=np.float64)
+    call = {"strengths": [0, 0.05, 0.2], "n_steps": 10, "n_restarts": 5}
+    found = adversarial_accuracy(model, X, y, **call)
+    shapes = [shapes[0] for shapes in recorder.captured]
+    assert recorder.n_launches > 50
+    assert len(shapes) <= 8
+    monkeypatch.setattr(robustness, "_recorder", lambda *_: None)
+    np.testing.assert_array_equal(found, adversarial_accuracy(model, X, y, **call))
+
+
+def test_rows_are_filled_up_by_a_quarter_at_most():
+    padded = [robustness._padded(n) for n in range(1, 8193)]
+    assert all(n <= m <= max(n + 1, 1.25 * n) for n, m in enumerate(padded, 1))
+    assert len(set(padded)) < 50
+    assert padded[-1] == robustness.EVALUATED_ROWS
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_captured_attacks_find_what_others_find(device, rng, norm, monkeypatch):
+    if device.kind == "cpu" or find_spec("nvmath") is None:
+        pytest.skip("graphs are for GPUs with nvmath-python")
+    X, y = problem(rng, 45)
+    model, graphs, capture = mlp(device), [], Recorder.capture
+    call = {"norm": norm, "n_steps": 40, "n_restarts": 5, "seed": 3}
+
+    def seen(self, *arguments):
+        graphs.append(capture(self, *arguments))
+        return graphs[-1]
+
+    monkeypatch.setattr(Recorder, "capture", seen)
+    found = pgd(model, X, y, 0.2, **call)
+    curve = adversarial_accuracy(model, X, y, [0.05, 0.2], n_steps=40, n_restarts=5)
+    assert len(graphs) >= 2, "it was captured"
+    n_graphs = len(graphs)
+    monkeypatch.setattr(robustness, "CAPTURE_PAYS", 10**9)
+    eager = pgd(model, X, y, 0.2, **call)
+    np.testing.assert_allclose(found, eager, rtol=0, atol=1e-7)
+    other = adversarial_accuracy(model, X, y, [0.05, 0.2], n_steps=40, n_restarts=5)
+    np.testing.assert_allclose(curve, other, atol=0.03)
+    assert len(graphs) == n_graphs
+
+
+def test_what_is_not_of_this_package_is_not_captured(device, rng, monkeypatch):
+    monkeypatch.setattr(robustness, "CAPTURE_PAYS", 1)
+    monkeypatch.setattr(robustness, "Recorder", lambda xp: pytest.fail("it must not be"))
+    X, y = problem(rng)
+    pgd(own(Own, device), X, y, n_steps=3)
+
+    def loss(predictions, labels):
+        return gpuml.softmax_cross_entropy(predictions, labels)
+
+    pgd(mlp(device), X, y, n_steps=3, loss=loss)
+
+
 # --- training ----------------------------------------------------------------------------------
 
 
@@ -430,8 +552,6 @@ def test_engines_that_know_no_inputs_are_refused(rng, engine):
 
 
 def test_several_ranks_are_refused(rng):
-    from types import SimpleNamespace
-
     from gpuml.batches import ArrayBatches
     from gpuml.losses import softmax_cross_entropy
     from gpuml.steps import make_step
