@@ -13,6 +13,7 @@ from sklearn.datasets import load_digits
 
 import gpuml
 from gpuml import MLP, Linear, Model, robustness, to_host
+from gpuml.noise import Noise
 from gpuml.robustness import PGD, adversarial_accuracy, fgsm, pgd
 from gpuml.steps import Recorder
 
@@ -116,6 +117,54 @@ def test_perturbations_are_those_of_a_reference(device, rng, reference, norm, st
     assert abs(expected - X).max() > 0.1
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     expected = reference(model, X, y, strength, norm, 1, strength, options["bounds"])
+    np.testing.assert_allclose(fgsm(model, X, y, strength, **options), expected, rtol=0, atol=1e-5)
+
+
+def of_toolbox(model, torch, bounds):
+    """A copy of a model for the Adversarial Robustness Toolbox."""
+    estimators = pytest.importorskip("art.estimators.classification")
+    layers = []
+    for weight, bias in layers_of(model):
+        layer = torch.nn.Linear(*weight.shape)
+        layer.weight.data, layer.bias.data = torch.tensor(weight.T), torch.tensor(bias[0])
+        layers += [layer.float(), torch.nn.ReLU()]
+    found = torch.nn.Sequential(*layers[:-1])
+    options = {"input_shape": (model.sizes[0],), "nb_classes": model.sizes[-1]}
+    options |= {"loss": torch.nn.CrossEntropyLoss(), "clip_values": bounds}
+    return estimators.PyTorchClassifier(found, **options)
+
+
+@pytest.mark.parametrize(("norm", "strength"), [("inf", 0.15), (2, 0.5)])
+@pytest.mark.parametrize("random_start", [False, True])
+def test_perturbations_are_those_of_the_toolbox(
+    device, rng, norm, strength, random_start, monkeypatch
+):
+    torch = pytest.importorskip("torch")
+    evasion = pytest.importorskip("art.attacks.evasion")
+    from art.attacks.evasion.projected_gradient_descent import projected_gradient_descent_pytorch
+
+    X, y = problem(rng, 60)
+    X, model = X.astype(np.float32), mlp(device, np.float32)
+    # With norm 2 it cuts off at the bounds first, and then projects on the ball: no bounds.
+    bounds = (0.0, 1.0) if norm == "inf" else None
+    estimator = of_toolbox(model, torch, bounds)
+    settings = PGD(strength, norm, 12, 0.04, random_start, bounds, seed=6)
+    attack = robustness._Attack(
+        settings, model, gpuml.softmax_cross_entropy, Noise(settings.seed, device)
+    )
+    start = to_host(attack._start(device.asarray(X)))
+    monkeypatch.setattr(projected_gradient_descent_pytorch, "random_sphere", lambda *_: start - X)
+    options = {"norm": np.inf if norm == "inf" else 2, "eps": strength, "verbose": False}
+    options |= {"eps_step": 0.04, "max_iter": 12, "num_random_init": int(random_start)}
+    options["batch_size"] = len(X)
+    expected = evasion.ProjectedGradientDescent(estimator, **options).generate(X, y)
+    options = {"norm": norm, "bounds": bounds}
+    more = {"n_steps": 12, "step_size": 0.04, "random_start": random_start, "seed": 6}
+    found = pgd(model, X, y, strength, **options, **more)
+    assert abs(expected - X).max() > 0.1
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    sign = evasion.FastGradientMethod(estimator, np.inf if norm == "inf" else 2, strength)
+    expected = sign.generate(X, y)
     np.testing.assert_allclose(fgsm(model, X, y, strength, **options), expected, rtol=0, atol=1e-5)
 
 
