@@ -451,9 +451,8 @@ def _standardised(what: str, table: HostArray, mean: HostArray, scale: HostArray
     """Return (table - mean) / scale in float32."""
     with np.errstate(over="ignore"):
         numbers: HostArray = ((table - mean) / scale).astype(np.float32)
-    bad = np.argwhere(~np.isfinite(numbers))
-    if len(bad):
-        row, column = bad[0]
+    n_bad, (row, column) = _first_bad(numbers)
+    if n_bad:
         raise DataError(
             f"{what}: {table[row, column]:g} in column {column} (counted from 0) is too far from "
             f"the training data, which have a mean of {mean[column]:g} and a standard deviation "
@@ -480,9 +479,8 @@ def _check_numbers(what: str, table: HostArray) -> None:
         raise DataError(
             f"{what} are of type {table.dtype}, not numbers: a.astype(float) if they are"
         )
-    bad = np.argwhere(~np.isfinite(table))
-    if len(bad):
-        row, column = bad[0]
+    n_bad, (row, column) = _first_bad(table)
+    if n_bad:
         raise DataError(
             f"{what}: row {row}, column {column} (counted from 0) is {table[row, column]:g}, not "
             "finite: remove the row, or fill in a number"
@@ -603,14 +601,23 @@ def _checked(name: str, X: HostArray, y: HostArray | None) -> Dataset:
 
 
 def _refuse_non_finite(what: str, table: HostArray) -> None:
-    bad = np.argwhere(~np.isfinite(table))
-    if len(bad):
-        row, column = bad[0]
+    n_bad, (row, column) = _first_bad(table)
+    if n_bad:
         raise DataError(
             f"{what}: row {row}, column {column} (counted from 0) is {table[row, column]}"
-            + (f", and {len(bad) - 1} more are not finite" if len(bad) > 1 else "")
+            + (f", and {n_bad - 1} more are not finite" if n_bad > 1 else "")
             + ": remove the rows, or fill in numbers"
         )
+
+
+def _first_bad(table: HostArray) -> tuple[int, tuple[int, int]]:
+    """Return how many numbers are not finite, and the row and the column of the first.
+
+    np.argwhere would take 16 bytes for each of them.
+    """
+    finite = np.isfinite(table)
+    row, column = divmod(int(finite.argmin()) if finite.size else 0, max(1, table.shape[1]))
+    return finite.size - int(np.count_nonzero(finite)), (row, column)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import BufferedReader, FileIO
 from os import PathLike
 from pathlib import Path
 from typing import IO, Any
@@ -25,6 +26,7 @@ SMALL = 128 * 2**20
 MOST_TIMES = 100
 PIECE = 2**20  # of a compressed file is decompressed at once
 
+LONGEST_READING = 2 * 2**20  # bytes of an archive at once: more is a list of too many members
 LONGEST_HEADER = 10_000  # bytes, of an .npy file; NumPy's own limit
 MOST_AXES = 32
 _ENTRY = re.compile(
@@ -143,7 +145,7 @@ def read_npz(path: Path, names: Sequence[str]) -> dict[str, HostArray]:
         If it is damaged, lacks the first array or has one twice, or would take more memory than
         a file of its length should.
     """
-    with _reading(path), path.open("rb") as file:
+    with _reading(path), _Archive(FileIO(path)) as file:
         if file.read(6) == b"\x93NUMPY":
             raise DataError(f"{path} is not an archive of arrays, but one array: name it .npy")
         with zipfile.ZipFile(file) as archive:
@@ -166,6 +168,18 @@ def read_npz(path: Path, names: Sequence[str]) -> dict[str, HostArray]:
                 for name in names
                 if name.lower() in members
             }
+
+
+class _Archive(BufferedReader):
+    """An archive, whose list of members :mod:`zipfile` reads at once, however long it is."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        if size is not None and size > LONGEST_READING:
+            raise DataError(
+                f"{self.name} is damaged, or made to do harm: the list of what is in it has "
+                f"{size:,} bytes, at most {LONGEST_READING:,} are read"
+            )
+        return super().read(size)
 
 
 def _read_member(

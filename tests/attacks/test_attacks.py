@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import struct
 import time
 import tracemalloc
 import warnings
@@ -637,6 +638,23 @@ def test_an_archive_of_ten_thousand_names():
     message = refused(gpuml.load_dataset, written(raw, "a.npz"))
     assert "it has: \\x1b[2J0, " in message
     assert "(10000 in all)" in message
+
+
+def test_an_archive_of_four_hundred_thousand_names():
+    """A list of members without members, 20 MB of it, tries to keep us busy for seconds."""
+    entry = struct.pack("<4s4B4HL2L5H2L", b"PK\1\2", 20, 3, 20, *[0] * 8, 8, *[0] * 6)
+    listed = b"".join(entry + b"%08d" % i for i in range(400_000))
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 65535, 65535, len(listed), 0, 0)
+    message = refused(gpuml.load_dataset, written(listed + end, "a.npz"))
+    assert "the list of what is in it has 21,600,000 bytes, at most 2,097,152 are read" in message
+
+
+def test_numbers_that_are_all_missing():
+    """33 KB of NaN, packed, become 128 MiB, and the places of all would take 256 more."""
+    raw = archive({"X.npy": saved(np.full((2**20, 16), np.nan, np.float16))}, zipfile.ZIP_DEFLATED)
+    assert len(raw) < 40_000
+    message = refused(gpuml.load_dataset, written(raw, "a.npz"))
+    assert "row 0, column 0 (counted from 0) is nan, and 16777215 more are not finite" in message
 
 
 def test_a_damaged_member_is_noticed_by_its_checksum():
