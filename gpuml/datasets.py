@@ -30,6 +30,7 @@ BUILT_IN = ("breast_cancer", "diabetes", "digits", "iris", "wine")
 MOST_NUMERIC_CLASSES = 30
 
 # What a table from others may take: a wider one is a mistake, or made to do harm.
+MOST_BLANK_LINES = 10_000  # one after the other
 MOST_COLUMNS = 100_000
 LONGEST_LINE = 16 * 2**20  # characters
 
@@ -778,9 +779,14 @@ def _refuse_long_names(path: Path, names: Iterable[str], n_rows: int) -> None:
 
 def _lines(path: Path, file: TextIO) -> Iterator[str]:
     """Yield the lines of a file; refuse one so long that no table has it."""
-    number = 0
+    number = n_blank = 0
     while line := file.readline(LONGEST_LINE + 1):
         number += 1
+        n_blank = n_blank + 1 if line.isspace() else 0
+        if n_blank > MOST_BLANK_LINES:
+            raise DataError(
+                f"{path} is no table: more than {MOST_BLANK_LINES:,} empty lines follow each other"
+            )
         if len(line) > LONGEST_LINE:
             raise DataError(
                 f"{path} is no table: line {number} has more than {LONGEST_LINE:,} characters"

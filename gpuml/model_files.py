@@ -23,7 +23,7 @@ DTYPES = {"BOOL": "|b1", "I8": "|i1", "U8": "|u1"} | {
     f"{kind.upper()}{8 * size}": f"<{kind}{size}" for kind in "iuf" for size in (2, 4, 8)
 }
 LONGEST_HEADER = 8 * 2**20  # bytes, of a model: some 100,000 features with names
-MOST_AXES = 8
+MOST_AXES, MOST_ARRAYS = 8, 10_000
 
 
 def check_place(path: Path) -> None:
@@ -297,6 +297,8 @@ def _parse_header(
             isinstance(text, str) for text in metadata.values()
         ):
             raise ValueError("its metadata are not text")
+        if len(table) > MOST_ARRAYS:
+            raise ValueError(f"it has {len(table):,} arrays, and at most {MOST_ARRAYS:,} are read")
         spans = {name: _span(name, entry) for name, entry in table.items()}
         place = 0
         for name, span in sorted(spans.items(), key=lambda pair: (pair[1].begin, pair[1].end)):

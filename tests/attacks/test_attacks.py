@@ -169,6 +169,13 @@ def test_a_header_nested_without_end(text):
     assert "is damaged" in refused(load_model, written(joined(text, b"")))
 
 
+def test_a_hundred_thousand_arrays_without_numbers():
+    """Arrays that take no bytes try to keep us busy with each of them."""
+    entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    path = written(joined({f"a{i}": entry for i in range(120_000)}, b""))
+    assert "it has 120,000 arrays, and at most 10,000 are read" in refused(load_model, path)
+
+
 def test_an_array_hidden_behind_another_of_the_same_name():
     """Two arrays of one name: some readers would see the first, others the last."""
     head, _, data = parts(model_bytes())
@@ -670,6 +677,18 @@ def test_a_table_of_a_million_columns():
     for text in names, ones, "," * (2**24 - 10):
         path = written(f"{text}\n".encode(), "t.csv")
         assert "t.csv has more than 100,000 columns" in refused(gpuml.load_dataset, path)
+
+
+@pytest.mark.parametrize(
+    ("begin", "line"),
+    [("", "\n"), ("", " \t\n"), ("", "\r\n"), ("a,b\n", "\n"), ("a,b\n", "\r\n")],
+    ids=repr,
+)
+def test_empty_lines_without_end(begin, line):
+    """Millions of empty lines try to be looked at one by one, before a table begins."""
+    path = written((begin + line * 4_000_000 + "1,x\n").encode(), "t.csv")
+    message = refused(gpuml.load_dataset, path)
+    assert "is no table: more than 10,000 empty lines follow each other" in message
 
 
 def test_a_table_of_fifty_thousand_columns():

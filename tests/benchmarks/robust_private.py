@@ -91,15 +91,21 @@ def digits(device):
     from sklearn.model_selection import train_test_split
 
     X, y = dataset.X / 16, dataset.y
-    parts = train_test_split(X, y, test_size=0.25, stratify=y, random_state=0)
-    X_train, X_test, y_train, y_test = parts
-    for name, adversarial in [("plain", None), ("robust", PGD(0.15, n_steps=7))]:
-        model = gpuml.MLP([64, 256, 256, 10], device=device)
-        options = {"optimizer": gpuml.Adam(1e-3), "n_epochs": 60, "batch_size": 64}
-        gpuml.train(model, X_train, y_train, adversarial=adversarial, **options)
-        call = {"n_steps": 40, "n_restarts": 5}
-        found = adversarial_accuracy(model, X_test, y_test, [0, 0.1, 0.15], **call)
-        print(f"{name}: " + ", ".join(f"{100 * accuracy:.1f} %" for accuracy in found))
+    # Trained against 0.15 itself, one of four splits keeps less than 68 % there.
+    ways = {"plain": None, "robust": 0.17}
+    for seed in range(4):
+        parts = train_test_split(X, y, test_size=0.25, stratify=y, random_state=seed)
+        X_train, X_test, y_train, y_test = parts
+        for name, strength in ways.items():
+            attack = None if strength is None else PGD(strength, n_steps=7, seed=seed)
+            model = gpuml.MLP([64, 256, 256, 10], seed=seed, device=device)
+            options = {"optimizer": gpuml.Adam(1e-3), "n_epochs": 60, "batch_size": 64}
+            options |= {"adversarial": attack, "seed": seed}
+            gpuml.train(model, X_train, y_train, **options)
+            call = {"n_steps": 40, "n_restarts": 5, "seed": seed}
+            found = adversarial_accuracy(model, X_test, y_test, [0, 0.1, 0.15], **call)
+            shown = ", ".join(f"{100 * accuracy:.1f} %" for accuracy in found)
+            print(f"split and seed {seed}, {name}: {shown}", flush=True)
     print("right at strengths 0, 0.1, 0.15 (L∞, PGD with 40 steps and 5 restarts)")
 
 
