@@ -243,7 +243,8 @@ def perturbations(
     originals, perturbed : numpy.ndarray of shape (n, height, width)
         Larger numbers are darker; all share one scale.
     titles, perturbed_titles : sequence of str
-        One for each picture, such as what a model takes it for.
+        One for each picture, such as what a model takes it for. Where the second differs from the
+        first, it has another colour.
 
     Returns
     -------
@@ -274,16 +275,18 @@ def perturbations(
     signed = {"cmap": "PuOr", "vmin": -most, "vmax": most}
     rows = [("original", originals, titles, grey), ("change", change, None, signed)]
     rows += [("perturbed", perturbed, perturbed_titles, grey)]
-    for axes, (name, pictures, words, style) in zip(grid, rows, strict=True):
+    for axes, (name, pictures, words, scale) in zip(grid, rows, strict=True):
         for i, axis in enumerate(axes):
-            drawn = axis.imshow(pictures[i], **style)
+            drawn = axis.imshow(pictures[i], **scale)
             axis.set_xticks([])
             axis.set_yticks([])
             if words is not None:
-                axis.set_title(words[i], fontsize="medium")
+                changed = words[i] != titles[i]
+                style = {"color": COLORS[1], "fontweight": "bold"} if changed else {}
+                axis.set_title(words[i], fontsize="medium", **style)
         axes[0].set_ylabel(name)
         if name == "change":
-            figure.colorbar(drawn, ax=list(axes), label="of a pixel", pad=0.01)
+            figure.colorbar(drawn, ax=list(axes), label="darker by", pad=0.01)
     return figure
 
 

@@ -185,9 +185,11 @@ def test_perturbations_stand_below_one_another_on_common_scales():
     rng = np.random.default_rng(0)
     originals = rng.random((4, 8, 8))
     perturbed = originals + 0.1 * rng.choice([-1, 0, 1], originals.shape)
-    figure = plots.perturbations(originals, perturbed, list("1234"), list("5678"))
+    figure = plots.perturbations(originals, perturbed, list("1234"), list("5274"))
     grid = np.reshape([axis for axis in figure.axes if axis.images], (3, 4))
-    assert [axis.get_title() for axis in grid.flat] == [*"1234", *[""] * 4, *"5678"]
+    assert [axis.get_title() for axis in grid.flat] == [*"1234", *[""] * 4, *"5274"]
+    colors = [axis.title.get_color() == plots.COLORS[1] for axis in grid.flat]
+    assert colors == [False] * 8 + [True, False, True, False], "what has changed"
     assert [axis.get_ylabel() for axis in grid[:, 0]] == ["original", "change", "perturbed"]
     for row, pictures in zip(grid, (originals, perturbed - originals, perturbed), strict=True):
         for axis, picture in zip(row, pictures, strict=True):
