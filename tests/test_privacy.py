@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from importlib.util import find_spec
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -393,3 +396,15 @@ def test_nothing_is_reckoned_from_nonsense(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "dp_accounting", None)
     with pytest.raises(gpuml.GpumlError, match="pip install dp-accounting"):
         spent_epsilon(1.0, **call)
+
+
+@needs_accountant
+def test_the_table_of_the_notebook_is_right():
+    notebook = Path(__file__).parent.parent / "notebooks" / "10_security.ipynb"
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    [cell] = [text for c in cells if "\nepsilons = {" in (text := "".join(c["source"]))]
+    pairs = re.findall(r"([\d.]+): ([\d.]+)", cell.split("\nepsilons = {")[1].split("}")[0])
+    assert len(pairs) == 5
+    call = {"n_samples": 1367, "batch_size": 128, "n_epochs": 30, "delta": 1e-4}
+    for noise, epsilon in pairs:
+        assert float(epsilon) == pytest.approx(spent_epsilon(float(noise), **call), rel=1e-3)
