@@ -233,6 +233,114 @@ def images(pictures: Any, titles: Sequence[str], n_columns: int = 10) -> Any:
     return figure
 
 
+def perturbations(
+    originals: Any, perturbed: Any, titles: Sequence[str], perturbed_titles: Sequence[str]
+) -> Any:
+    """Draw small grey pictures, what an attack adds to each, and what comes of it, in three rows.
+
+    Parameters
+    ----------
+    originals, perturbed : numpy.ndarray of shape (n, height, width)
+        Larger numbers are darker; all share one scale.
+    titles, perturbed_titles : sequence of str
+        One for each picture, such as what a model takes it for. Where the second differs from the
+        first, it has another colour.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+
+    Raises
+    ------
+    ValueError
+        If there is not one of each for each picture.
+    """
+    from matplotlib import pyplot
+
+    originals, perturbed = np.asarray(originals), np.asarray(perturbed)
+    counts = len(originals), len(titles), len(perturbed_titles)
+    if originals.shape != perturbed.shape or len(set(counts)) > 1:
+        raise ValueError(
+            f"pictures of shapes {originals.shape} and {perturbed.shape}, {counts[1]} and "
+            f"{counts[2]} titles: expected one for one"
+        )
+    n = len(originals)
+    figure, grid = pyplot.subplots(
+        3, n, figsize=(1.1 * n + 1.6, 4.0), layout="constrained", squeeze=False
+    )
+    change = perturbed - originals
+    most = max(float(abs(change).max()), 1e-9)
+    low, high = min(originals.min(), perturbed.min()), max(originals.max(), perturbed.max())
+    grey = {"cmap": "gray_r", "vmin": low, "vmax": high}
+    signed = {"cmap": "PuOr", "vmin": -most, "vmax": most}
+    rows = [("original", originals, titles, grey), ("change", change, None, signed)]
+    rows += [("perturbed", perturbed, perturbed_titles, grey)]
+    for axes, (name, pictures, words, scale) in zip(grid, rows, strict=True):
+        for i, axis in enumerate(axes):
+            drawn = axis.imshow(pictures[i], **scale)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if words is not None:
+                changed = words[i] != titles[i]
+                style = {"color": COLORS[1], "fontweight": "bold"} if changed else {}
+                axis.set_title(words[i], fontsize="medium", **style)
+        axes[0].set_ylabel(name)
+        if name == "change":
+            figure.colorbar(drawn, ax=list(axes), label="darker by", pad=0.01)
+    return figure
+
+
+def accuracies(
+    lines: Mapping[str, tuple[Sequence[float], Any]],
+    xlabel: str,
+    title: str,
+    axis: Any = None,
+    *,
+    marks: Mapping[str, float] | None = None,
+    ticks: Mapping[float, str] | None = None,
+) -> Any:
+    """Draw accuracy, in percent, against something that costs accuracy.
+
+    Parameters
+    ----------
+    lines : mapping of str to (numbers, accuracies)
+        A line for each label. Accuracies from 0 to 1, of shape (n,), or (n, n_runs): then the line
+        goes through the means, and each run is a dot.
+    xlabel : str
+        What the numbers are.
+    title : str
+        Of which model, and on which device.
+    axis : matplotlib.axes.Axes, optional
+        Where to draw; a new figure unless given.
+    marks : mapping of str to float, optional
+        Numbers that are marked by a vertical line, and what it says.
+    ticks : mapping of float to str, optional
+        Numbers and what is written below them; their axis is logarithmic then.
+
+    Returns
+    -------
+    matplotlib.figure.Figure
+    """
+    axis = _axis(axis)
+    for i, (label, (numbers, found)) in enumerate(lines.items()):
+        shares = 100 * np.asarray(found, float)
+        if shares.ndim == 2:
+            dots = np.repeat(np.asarray(numbers, float), shares.shape[1])
+            axis.scatter(dots, shares.ravel(), s=12, color=_style(i)["color"], alpha=0.35)
+            shares = shares.mean(axis=1)
+        axis.plot(numbers, shares, label=label, **_style(i))
+    for text, number in (marks or {}).items():
+        axis.axvline(number, color="gray", linestyle="--", linewidth=1, label=text)
+    if ticks is not None:
+        axis.set_xscale("log")
+        axis.set_xticks(list(ticks), list(ticks.values()))
+        axis.minorticks_off()
+    axis.set_ylim(0, 103)
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel("accuracy [%]")
+    return _finished(axis, title)
+
+
 def times(
     lines: Mapping[str, tuple[Sequence[float], Sequence[float]]],
     title: str,

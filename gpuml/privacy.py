@@ -26,7 +26,7 @@ from gpuml.losses import LOSSES, Loss
 from gpuml.models import MODELS, Model
 from gpuml.noise import Noise
 from gpuml.steps import Gradient, Work
-from gpuml.training import positive_number
+from gpuml.training import positive_integer, positive_number
 
 # Noise multipliers that are tried to keep a budget; beyond them nothing is learned, or nothing hid.
 LEAST_NOISE, MOST_NOISE = 0.1, 100.0
@@ -48,8 +48,10 @@ class Privacy:
         Unless given the least that keeps to `epsilon`.
     epsilon : float, optional
         The budget, which the whole training may not exceed.
-    delta : float
-        Below one over the number of rows.
+    delta : float or None
+        Below one over the number of rows. With None, for studies and where dp-accounting cannot
+        be had, nobody reckons what is spent: the column ``epsilon`` holds NaN, and there can be
+        no budget. :func:`spent_epsilon` says it for numbers alone.
     seed : int or None
         For the choice of rows and the noise. None takes secrets from the operating system. A
         seed that others know, or that served for another training on these rows, takes the
@@ -58,7 +60,8 @@ class Privacy:
     Raises
     ------
     ValueError
-        If a number is out of range, or neither noise_multiplier nor epsilon is given.
+        If a number is out of range, neither noise_multiplier nor epsilon is given, or a budget is
+        given without delta.
 
     Notes
     -----
@@ -85,16 +88,18 @@ class Privacy:
     clip_norm: float = 1.0
     noise_multiplier: float | None = None
     epsilon: float | None = None
-    delta: float = 1e-5
+    delta: float | None = 1e-5
     seed: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("clip_norm", "noise_multiplier", "epsilon", "delta"):
             value = getattr(self, name)
-            if value is not None or name in ("clip_norm", "delta"):
+            if value is not None or name == "clip_norm":
                 object.__setattr__(self, name, positive_number(name, value))
-        if self.delta >= 1:
+        if self.delta is not None and self.delta >= 1:
             raise ValueError(f"delta must be less than 1, got {self.delta:g}")
+        if self.delta is None and self.epsilon is not None:
+            raise ValueError(f"a budget of epsilon={self.epsilon:g} needs a delta, such as 1e-5")
         if self.noise_multiplier is None and self.epsilon is None:
             raise ValueError("give noise_multiplier, or a budget: Privacy(epsilon=3)")
 
@@ -118,11 +123,9 @@ class Privacy:
             If delta is too large for so many rows, or the budget cannot be kept; the message
             says which can.
         """
-        if self.delta * data.n_samples >= 1:
-            raise ValueError(
-                f"delta={self.delta:g} would allow one of {data.n_samples:,} rows to be told as it "
-                f"is: it must be less than {1 / data.n_samples:.2g}"
-            )
+        if self.delta is None:
+            return PrivateGradients(self, None, data.expected_rows)
+        _check_delta(self.delta, data.n_samples)
         plan = _Plan(data.probability, data.n_steps, self.delta)
         noise, n_steps = self.noise_multiplier, n_epochs * data.n_steps
         if noise is None:
@@ -148,6 +151,47 @@ class Privacy:
         return (
             f"noise_multiplier={noise:g} spends epsilon={spent:.4g} in {n_epochs} epochs, more "
             f"than the budget of {self.epsilon:g}. What keeps to it: {', or '.join(cures)}"
+        )
+
+
+def spent_epsilon(
+    noise_multiplier: float,
+    *,
+    n_samples: int,
+    batch_size: int,
+    n_epochs: int,
+    delta: float = 1e-5,
+) -> float:
+    """Return the epsilon that private training would spend, without training, by dp-accounting.
+
+    Parameters
+    ----------
+    noise_multiplier, delta
+        As for :class:`Privacy`.
+    n_samples, batch_size, n_epochs : int
+        As for :func:`gpuml.train`.
+
+    Raises
+    ------
+    GpumlError
+        If dp-accounting is not installed.
+    ValueError
+        If a number is out of range, or delta too large for so many rows.
+    """
+    noise = positive_number("noise_multiplier", noise_multiplier)
+    n_samples = positive_integer("n_samples", n_samples)
+    batch_size = min(positive_integer("batch_size", batch_size), n_samples)
+    n_epochs, delta = positive_integer("n_epochs", n_epochs), positive_number("delta", delta)
+    _check_delta(delta, n_samples)
+    n_steps = -(-n_samples // batch_size)  # in an epoch
+    return _Plan(batch_size / n_samples, n_steps, delta).epsilon(noise, n_epochs * n_steps)
+
+
+def _check_delta(delta: float, n_samples: int) -> None:
+    if delta * n_samples >= 1:
+        raise ValueError(
+            f"delta={delta:g} would allow one of {n_samples:,} rows to be told as it "
+            f"is: it must be less than {1 / n_samples:.2g}"
         )
 
 
@@ -227,6 +271,7 @@ class PrivateGradients:
     settings : Privacy
         With a noise multiplier.
     plan
+        None if nobody reckons what is spent.
     expected_rows : float
         By which the sum is divided: the number drawn is a secret.
     """
@@ -234,19 +279,26 @@ class PrivateGradients:
     name = "private training"
     n_gradients = 1
 
-    def __init__(self, settings: Privacy, plan: _Plan, expected_rows: float) -> None:
+    def __init__(self, settings: Privacy, plan: _Plan | None, expected_rows: float) -> None:
         self.settings, self._plan, self._expected_rows = settings, plan, expected_rows
 
     def __repr__(self) -> str:
         return repr(self.settings)
 
     def spent(self, n_epochs: int) -> float:
-        """Return the epsilon after so many epochs."""
+        """Return the epsilon after so many epochs; NaN if nobody reckons it."""
         assert self.settings.noise_multiplier is not None
+        if self._plan is None:
+            return math.nan
         return self._plan.epsilon(self.settings.noise_multiplier, n_epochs * self._plan.n_steps)
 
     def note(self, n_epochs: int) -> str:
         """Return what can be said of the model after so many epochs."""
+        if self._plan is None:
+            return (
+                "trained with clipped gradients and a noise multiplier of "
+                f"{self.settings.noise_multiplier:g}; what it spent was not reckoned (delta=None)"
+            )
         return (
             f"differentially private with epsilon {self.spent(n_epochs):.4g} at delta "
             f"{self.settings.delta:g}, by dp-accounting (Rényi divergences): rows drawn with "

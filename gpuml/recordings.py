@@ -83,6 +83,10 @@ class Recording:
     scaling : dict
         What ``gpuml bench --ranks`` found, a table for each workload;
         :meth:`gpuml.scaling.Scaling.from_json` reads it. Empty if it was not asked for.
+    methods : dict of str to dict
+        What ``tests/benchmarks/robust_private.py --save`` found, a table for ``gpu`` and one for
+        ``cpu``: what was ``trained``, on which ``device``, the ``date``, and ``seconds``, those of
+        a step for each way of training. Empty if it was not asked for.
     """
 
     device: str
@@ -100,6 +104,7 @@ class Recording:
     blocked: dict[str, BlockReport] = field(default_factory=dict)
     peers: dict[str, Any] = field(default_factory=dict)
     scaling: dict[str, Any] = field(default_factory=dict)
+    methods: dict[str, Any] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -274,6 +279,7 @@ def _from_json(table: dict[str, Any]) -> Recording:
         "blocked": {name: BlockReport.from_json(r) for name, r in table.get("blocked", {}).items()},
         "peers": dict(table.get("peers", {})),
         "scaling": dict(table.get("scaling", {})),
+        "methods": dict(table.get("methods", {})),
     }
     recording = Recording(**(table | made))
     _check_fields(recording)
@@ -310,6 +316,9 @@ def _check_fields(recording: Recording) -> None:
             pairs = spans.size == 0 or (spans.ndim == 2 and spans.shape[1] == 2)
             if not pairs or spans.dtype.kind not in "if" or not np.isfinite(spans).all():
                 raise ValueError("a time line that is none")
+    for table in r.methods.values():
+        texts += [table["trained"], table["device"], table["date"], *table["seconds"]]
+        numbers += table["seconds"].values()
     if not all(isinstance(tables, dict) for tables in (*r.peers.values(), *r.scaling.values())):
         raise TypeError("something else where there should be tables")
     if not all(isinstance(text, str) for text in texts):

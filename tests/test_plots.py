@@ -181,6 +181,50 @@ def test_images_are_laid_out_in_rows():
     assert not figure.axes[7].images
 
 
+def test_perturbations_stand_below_one_another_on_common_scales():
+    rng = np.random.default_rng(0)
+    originals = rng.random((4, 8, 8))
+    perturbed = originals + 0.1 * rng.choice([-1, 0, 1], originals.shape)
+    figure = plots.perturbations(originals, perturbed, list("1234"), list("5274"))
+    grid = np.reshape([axis for axis in figure.axes if axis.images], (3, 4))
+    assert [axis.get_title() for axis in grid.flat] == [*"1234", *[""] * 4, *"5274"]
+    colors = [axis.title.get_color() == plots.COLORS[1] for axis in grid.flat]
+    assert colors == [False] * 8 + [True, False, True, False], "what has changed"
+    assert [axis.get_ylabel() for axis in grid[:, 0]] == ["original", "change", "perturbed"]
+    for row, pictures in zip(grid, (originals, perturbed - originals, perturbed), strict=True):
+        for axis, picture in zip(row, pictures, strict=True):
+            np.testing.assert_array_equal(axis.images[0].get_array(), picture)
+        assert len({axis.images[0].get_clim() for axis in row}) == 1
+    assert grid[0, 0].images[0].get_clim() == grid[2, 0].images[0].get_clim()
+    assert grid[1, 0].images[0].get_clim() == pytest.approx((-0.1, 0.1))
+    plots.perturbations(originals, originals, list("1234"), list("5678"))  # an attack of strength 0
+    for wrong in (
+        (originals, perturbed[:3], list("1234"), list("5678")),
+        (originals, perturbed, list("123"), list("5678")),
+        (originals, perturbed, list("1234"), list("567")),
+    ):
+        with pytest.raises(ValueError, match="expected one for one"):
+            plots.perturbations(*wrong)
+
+
+def test_accuracies_are_percentages_with_means_over_runs():
+    lines = {"plain": ([0, 0.1], [0.98, 0.5]), "private": ([0, 0.1], [[0.9, 0.8], [0.5, 0.7]])}
+    figure = plots.accuracies(lines, "strength", "a device", marks={"here": 0.1})
+    [axis] = figure.axes
+    plain, private, mark = axis.lines
+    np.testing.assert_allclose(plain.get_ydata(), [98, 50])
+    np.testing.assert_allclose(private.get_ydata(), [85, 60])
+    assert list(mark.get_xdata()) == [0.1, 0.1]
+    dots = axis.collections[0].get_offsets()
+    np.testing.assert_allclose(dots, [[0, 90], [0, 80], [0.1, 50], [0.1, 70]])
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == [*lines, "here"]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("strength", "accuracy [%]")
+    assert axis.get_title() == "a device"
+    figure = plots.accuracies({"a": ([1, 2], [0.5, 0.4])}, "noise", "", ticks={1: "1", 2: "two"})
+    assert figure.axes[0].get_xscale() == "log"
+    assert [text.get_text() for text in figure.axes[0].get_xticklabels()] == ["1", "two"]
+
+
 def test_memory_access_counts_what_is_fetched():
     threads = np.arange(32)
     figure = plots.memory_access({"near": threads, "far": 32 * threads, "same": 0 * threads})

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
+import re
 from importlib.util import find_spec
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +16,7 @@ import gpuml
 from gpuml import MLP, GradientDescent, Linear, Model, to_host
 from gpuml.batches import PoissonBatches
 from gpuml.losses import mean_squared_error, softmax_cross_entropy
-from gpuml.privacy import Privacy, clipped_sum
+from gpuml.privacy import Privacy, clipped_sum, spent_epsilon
 from gpuml.steps import Work
 
 needs_accountant = pytest.mark.skipif(
@@ -290,6 +293,9 @@ def test_a_budget_that_cannot_be_kept_is_refused_with_what_can(rng):
         ({"epsilon": 1, "clip_norm": None}, "clip_norm must be a positive number"),
         ({"epsilon": 1, "delta": 0}, "delta must be a positive number"),
         ({"epsilon": 1, "delta": 1.0}, "delta must be less than 1"),
+        ({"epsilon": 1, "delta": None}, "a budget of epsilon=1 needs a delta"),
+        ({"epsilon": 1, "noise_multiplier": 1, "delta": None}, "needs a delta"),
+        ({"delta": None}, "give noise_multiplier"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, reason):
@@ -351,3 +357,54 @@ def test_without_the_accountant_it_says_what_to_install(rng, monkeypatch):
     X, y = problem(rng)
     with pytest.raises(gpuml.GpumlError, match="pip install dp-accounting"):
         gpuml.train(mlp(), X, y, privacy=Privacy(epsilon=1))
+
+
+@pytest.mark.parametrize("accountant", [True, False])
+def test_without_delta_the_steps_are_the_same_and_nothing_is_reckoned(rng, monkeypatch, accountant):
+    X, y = problem(rng)
+    found = []
+    for delta in (0.01, None) if accountant and find_spec("dp_accounting") else (None, None):
+        if delta is None:
+            monkeypatch.setitem(__import__("sys").modules, "dp_accounting", None)
+        model = mlp()
+        privacy = Privacy(noise_multiplier=1.0, delta=delta, seed=3)
+        history = gpuml.train(model, X, y, privacy=privacy, n_epochs=2, batch_size=20)
+        found.append(model.parameters.flat.copy())
+    np.testing.assert_array_equal(*found)
+    assert all(map(math.isnan, history["epsilon"]))
+    assert "was not reckoned (delta=None)" in str(history)
+    assert "differentially private" not in str(history)
+
+
+@needs_accountant
+@pytest.mark.parametrize(("n", "batch_size"), [(60, 7), (60, 60), (60, 600)])
+def test_what_would_be_spent_is_what_is_spent(rng, n, batch_size):
+    options = {"batch_size": batch_size, "n_epochs": 3}
+    model, privacy = Linear(5, 3, device="cpu"), Privacy(noise_multiplier=1.3)
+    X, y = rng.normal(size=(n, 5)), rng.integers(3, size=n)
+    history = gpuml.train(model, X, y, privacy=privacy, **options)
+    assert spent_epsilon(1.3, n_samples=n, **options) == history["epsilon"][-1]
+
+
+def test_nothing_is_reckoned_from_nonsense(monkeypatch):
+    call = {"n_samples": 60, "batch_size": 7, "n_epochs": 3}
+    for change in ({"n_samples": 0}, {"batch_size": 1.5}, {"n_epochs": -1}, {"delta": 0.02}):
+        with pytest.raises(ValueError, match=r"must be|rows to be told"):
+            spent_epsilon(1.0, **(call | change))
+    with pytest.raises(ValueError, match="noise_multiplier must be a positive number"):
+        spent_epsilon(0, **call)
+    monkeypatch.setitem(__import__("sys").modules, "dp_accounting", None)
+    with pytest.raises(gpuml.GpumlError, match="pip install dp-accounting"):
+        spent_epsilon(1.0, **call)
+
+
+@needs_accountant
+def test_the_table_of_the_notebook_is_right():
+    notebook = Path(__file__).parent.parent / "notebooks" / "10_security.ipynb"
+    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    [cell] = [text for c in cells if "\nepsilons = {" in (text := "".join(c["source"]))]
+    pairs = re.findall(r"([\d.]+): ([\d.]+)", cell.split("\nepsilons = {")[1].split("}")[0])
+    assert len(pairs) == 5
+    call = {"n_samples": 1367, "batch_size": 128, "n_epochs": 30, "delta": 1e-4}
+    for noise, epsilon in pairs:
+        assert float(epsilon) == float(f"{spent_epsilon(float(noise), **call):.3g}")

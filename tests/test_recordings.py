@@ -10,6 +10,8 @@ import gpuml
 from gpuml import recordings
 from gpuml.recordings import record, recorded
 
+METHODS = {"trained": "an MLP", "device": "a GPU", "date": "2026-11-26", "seconds": {"plain": 1e-4}}
+
 
 @pytest.fixture(autouse=True)
 def close_figures():
@@ -35,6 +37,7 @@ def quick(monkeypatch):
 
 def test_a_recording_is_written_and_read_again(device, quick, tmp_path):
     made = record(device, command="a command")
+    made.methods["gpu"] = METHODS
     made.save(tmp_path / "mine.json")
     read = recorded(tmp_path / "mine.json")
     assert read == made
@@ -96,6 +99,9 @@ def test_a_recording_that_is_missing_or_malformed_is_named_with_the_command(tmp_
         "{}",
         json.dumps(good | {"more": 1}),
         json.dumps(good | {"points": 3}),
+        json.dumps(good | {"methods": {"gpu": {"seconds": {"plain": 1.0}}}}),
+        json.dumps(good | {"methods": {"gpu": METHODS | {"seconds": {"plain": "1"}}}}),
+        json.dumps(good | {"methods": {"gpu": METHODS | {"trained": 3}}}),
     ):
         (tmp_path / "x.json").write_text(text)
         with pytest.raises(

@@ -3,6 +3,10 @@
     python tests/benchmarks/robust_private.py           # on a GPU by the engine graph
     python tests/benchmarks/robust_private.py --device cpu --engine eager
     python tests/benchmarks/robust_private.py --digits  # and how robust a model becomes
+    python tests/benchmarks/robust_private.py --save gpuml/recorded/nvidia_h200.json
+
+The last one adds the times to a recording of this machine, which notebook 10 shows; once more with
+`--device cpu --engine eager`, those of its CPU.
 
 The workload is mnist (MLP 784-256-128-10, batch 128, momentum) on random rows. Naive gradients
 row by row, each made and clipped, stand beside private training.
@@ -13,12 +17,15 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from datetime import UTC, datetime
+from pathlib import Path
 
 import numpy as np
 
 import gpuml
 from gpuml import robustness
 from gpuml.privacy import Privacy
+from gpuml.recordings import record, recorded
 from gpuml.robustness import PGD, adversarial_accuracy
 
 SIZES, BATCH, N_EPOCHS = (784, 256, 128, 10), 128, 12
@@ -109,15 +116,27 @@ def digits(device):
     print("right at strengths 0, 0.1, 0.15 (L∞, PGD with 40 steps and 5 restarts)")
 
 
+def recording_of(device, file):
+    """The recording of this machine in a file; a new one if there is no file."""
+    if not file.exists():
+        return record(device, command=f"gpuml bench --save {file}")
+    found = recorded(file)
+    if not any(of.startswith(f"{device.name},") for of in (found.device, found.host.device)):
+        raise SystemExit(f"{file} is of another machine: {found.device}, {found.host.device}")
+    return found
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", default="gpu")
     parser.add_argument("--engine", default="graph")
     parser.add_argument("--steps", type=int, default=400, help="in an epoch")
     parser.add_argument("--digits", action="store_true")
+    parser.add_argument("--save", type=Path, metavar="FILE.json", help="a recording to add to")
     options = parser.parse_args()
     device = gpuml.get_device(options.device)
     print(device)
+    recording = recording_of(device, options.save) if options.save else None
     X, y = rows(device, options.steps)
     cases = {
         "plain, by the best engine": {"engine": None},
@@ -125,21 +144,30 @@ def main():
         "clip_norm=1": {"clip_norm": 1.0},
         "adversarial, 10 steps": {"adversarial": PGD(0.1, n_steps=10)},
         "adversarial, 10 steps, norm 2": {"adversarial": PGD(1.0, 2, n_steps=10)},
-        "private": {"privacy": Privacy(noise_multiplier=1.1, delta=1e-6)},
+        "private": {"privacy": Privacy(noise_multiplier=1.1, delta=None)},
     }
-    plain = None
+    plain, seconds = None, {}
     for name, case in cases.items():
         micro, engine = by_training(device, X, y, **{"engine": options.engine} | case)
-        plain = micro if name == "plain" else plain
+        plain, seconds[name] = micro if name == "plain" else plain, 1e-6 * micro
         ratio = f"{micro / plain:6.2f} × plain" if plain else ""
         print(f"{name:32} {engine:6} {micro:9.1f} µs a step {ratio}", flush=True)
     micro = row_by_row(device, X, y)
+    seconds["naive, row by row"] = 1e-6 * micro
     print(
         f"{'naive, row by row':32} {'eager':6} {micro:9.1f} µs a step {micro / plain:6.2f} × plain"
     )
     attack(device)
     if options.digits:
         digits(device)
+    if recording is not None:
+        recording.methods[device.kind] = {
+            "trained": f"MLP {'-'.join(map(str, SIZES))}, batch {BATCH}, momentum, float32",
+            "device": str(device),
+            "date": datetime.now(UTC).date().isoformat(),
+            "seconds": seconds,
+        }
+        recording.save(options.save)
 
 
 if __name__ == "__main__":
