@@ -34,7 +34,7 @@ FLOORS = [
     | {"cpu_layers", "one_pass", "fused", "fused_populations", "steps", "training"}
     | {"robustness", "privacy"},
     {"doctor", "recordings", "rivals", "workloads", "peers", "scaling", "cli", "__main__"}
-    | {"exercises"},
+    | {"exercises", "copies"},
 ]
 # On one floor, a module may use those to its left.
 NEIGHBOURS = [("errors", "devices"), ("devices", "kernels"), ("errors", "kernels")]
@@ -63,6 +63,7 @@ NEIGHBOURS += [("doctor", "cli"), ("recordings", "cli"), ("cli", "__main__")]
 NEIGHBOURS += [("rivals", "workloads"), ("rivals", "peers"), ("workloads", "peers")]
 NEIGHBOURS += [("workloads", "cli"), ("peers", "cli")]
 NEIGHBOURS += [("workloads", "scaling"), ("scaling", "cli")]
+NEIGHBOURS += [("copies", "cli")]
 NEIGHBOURS += [("exercises", "exercises")]  # a package of its own
 HEAVY = {"cupy", "cupyx", "dp_accounting", "matplotlib", "mpi4py", "numba"} | {
     "jax",
@@ -391,7 +392,7 @@ def test_the_readme_names_every_extra_and_only_commands_that_exist(monkeypatch, 
         if "gpuml" not in words:
             continue
         arguments = [w for w in words[words.index("gpuml") + 1 :] if w != "--help"]
-        for command in ("train", "predict", "doctor", "bench"):
+        for command in ("train", "predict", "doctor", "bench", "notebooks", "lab"):
             if arguments[:1] == [command]:
                 options = cli._parse(arguments)  # refuses an unknown option
                 assert options.command.__name__ == f"_{command}"
