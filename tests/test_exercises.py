@@ -905,3 +905,57 @@ def test_sources_follow_the_conventions(path):
         text = "".join(about["source"])
         assert f"*{points} point{'s' if points > 1 else ''}.*" in text
         assert "*Hint:*" in text
+
+
+# --- in a notebook's kernel --------------------------------------------------------------------
+
+IN_CELLS = {
+    "def amdahl(share, factor):\n    while True:\n        pass\n\n"
+    "check('amdahl', amdahl, time_limit=0.3)": "was stopped. Is there a loop",
+    "def amdahl(share, factor):\n    print('here I am')\n\ncheck('amdahl', amdahl)": (
+        "it printed here I am and returned nothing"
+    ),
+    "def amdahl(share, factor):\n    inverse = share.inverse\n\ncheck('amdahl', amdahl)": (
+        "in `inverse = share.inverse`"
+    ),
+    "def amdahl(share, factor):\n    kept = []\n    while share:\n        kept.append([0] * 10**6)"
+    "\n\ncheck('amdahl', amdahl)": "took too much memory",
+    "def amdahl(share, factor):\n    return input()\n\ncheck('amdahl', amdahl)": "it raised",
+    "def amdahl(share, factor):\n    exit()\n\ncheck('amdahl', amdahl)": "amdahl:",
+    "def amdahl(share, factor):\n    return 1 / (1 - share + share / factor)\n\n"
+    "print('before')\ncheck('amdahl', amdahl)": None,
+}
+
+
+def test_a_kernel_survives_bad_answers_and_shows_only_the_message(monkeypatch):
+    nbclient = pytest.importorskip("nbclient")
+    from nbformat.v4 import new_code_cell, new_notebook
+
+    monkeypatch.setenv("PYTHONPATH", str(Path(gpuml.__file__).parent.parent))
+    first = "from gpuml.exercises import check"
+    notebook = new_notebook(cells=[new_code_cell(source) for source in (first, *IN_CELLS)])
+    nbclient.NotebookClient(notebook, timeout=60, allow_errors=True).execute()
+    for cell, said in zip(notebook.cells[1:], IN_CELLS.values(), strict=True):
+        errors = [output for output in cell.outputs if output.output_type == "error"]
+        if said is None:
+            assert [output.text for output in cell.outputs] == ["before\namdahl: right.\n"]
+            continue
+        [error] = errors
+        assert error.ename == "AnswerError"
+        assert said in error.evalue
+        assert error.traceback == [f"AnswerError: {error.evalue}"]
+
+
+def test_a_students_copy_runs_up_to_the_first_exercise(monkeypatch):
+    nbclient = pytest.importorskip("nbclient")
+    import nbformat
+
+    from gpuml.copies import students_copy
+
+    monkeypatch.setenv("PYTHONPATH", str(Path(gpuml.__file__).parent.parent))
+    notebook = nbformat.reads(students_copy(SOURCES[3].read_bytes()).decode(), as_version=4)
+    with pytest.raises(nbclient.exceptions.CellExecutionError, match="there is no answer yet"):
+        nbclient.NotebookClient(notebook, timeout=60).execute()
+    outputs = {cell.id: cell.get("outputs", []) for cell in notebook.cells}
+    failed = [name for name, each in outputs.items() if any("ename" in o for o in each)]
+    assert failed == ["check-split-rows"]

@@ -588,6 +588,7 @@ def _on_device(value: Any, device: Device) -> Any:
         return {key: _on_device(v, device) for key, v in value.items()}
     if isinstance(value, list | tuple):
         return type(value)(_on_device(v, device) for v in value)
-    if isinstance(value, Tool):
-        value.device = device
+    tool = getattr(value, "__self__", value)  # it may be a method of one
+    if isinstance(tool, Tool):
+        tool.device = device
     return value
