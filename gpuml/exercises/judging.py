@@ -10,6 +10,7 @@ import copy
 import dis
 import inspect
 import linecache
+import reprlib
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -28,9 +29,10 @@ Mistakes: TypeAlias = Callable[..., Any] | tuple[Callable[..., Any], ...]
 
 PRODUCTS = frozenset({"@", "matmul", "dot", "einsum", "tensordot", "inner", "vdot", "multi_dot"})
 PRODUCTS |= {"batched_matmul", "blocked_matmul", "split_matmul"}
-LIBRARIES = ("numpy", "cupy", "gpuml", "scipy", "_operator", "operator")
 TOLERANCES = {"float16": 1e-2, "float32": 1e-4, "float64": 1e-9}
 NO_ANSWER = "there is no answer yet. Put your code in the place of `raise NotImplementedError()`."
+BRIEF = reprlib.Repr()
+BRIEF.maxother = BRIEF.maxstring = BRIEF.maxlong = 100
 MOST_SHOWN = 200  # characters of a value, in a message
 
 
@@ -75,7 +77,7 @@ class Exercise:
     host_result : bool
         Whether the result is to be in the host's memory, wherever the arguments are.
     what_counts : callable, optional
-        What of a result is compared, where several results are right.
+        What of a list is compared, by names, where several of that length are right.
     needed : str
         What the answer must use, since without it a right result is luck.
     because : str
@@ -95,7 +97,7 @@ class Exercise:
     raised: Mapping[str, str] = field(default_factory=dict)
     tolerance: float | None = None
     host_result: bool = False
-    what_counts: Callable[[Any], Any] | None = None
+    what_counts: Callable[[Any], dict[str, Any]] | None = None
     needed: str = ""
     because: str = ""
     shown: tuple[str, ...] = ()
@@ -131,13 +133,15 @@ def complaint(
     problem = _unusable(exercise, answer)
     if problem:
         return problem, ""
-    printed, hints = "", []
+    printed, hints, fallback = "", [], ""
     for case in exercise.cases(np.random.default_rng(0)):
         call = _called(exercise, answer, case, device, time_limit, memory_limit)
         printed = (printed + call.run.printed)[:MOST_PRINTED]
         if problem is None:
             problem = _judged(exercise, answer, call)
-            hints = _matching(exercise, exercise.mistakes, call) if problem else []
+            fallback = call.fallback
+            guess = problem and not call.known
+            hints = _matching(exercise, exercise.mistakes, call) if guess else []
         else:  # which of the mistakes goes on to do what the answer does?
             hints = _matching(exercise, hints, call) or hints[:1]
         if call.run.error is not None:
@@ -146,8 +150,8 @@ def complaint(
             break
     if problem and call.run.verdict.startswith("too"):
         problem += f" The limits are {time_limit:g} s and {size_text(memory_limit)}."
-    elif problem and hints:
-        problem += f" {hints[0]}"
+    elif problem and (hints or fallback):
+        problem += f"\nHint: {hints[0] if hints else fallback}"
     return problem, printed
 
 
@@ -162,6 +166,8 @@ class _Call:
     expected: Any
     got: Any
     place: Device
+    fallback: str = ""  # the hint, if the mistake is none of those known
+    known: bool = False  # it is the hint
 
 
 def _called(
@@ -242,7 +248,11 @@ def _judged(exercise: Exercise, answer: Any, call: _Call) -> str | None:
         assert run.error is not None
         if isinstance(run.error, NotImplementedError) and not str(run.error):
             return NO_ANSWER
-        return where + _about_error(exercise, answer, run.error)
+        names = [cls.__name__ for cls in type(run.error).__mro__]
+        known = [exercise.raised[name] for name in names if name in exercise.raised]
+        call.known = bool(known)
+        call.fallback = [*known, "follow the shapes through your code, line by line."][0]
+        return where + _about_error(answer, run.error)
     changed = _changed(exercise, call)
     if changed:
         return (
@@ -262,19 +272,17 @@ def _judged(exercise: Exercise, answer: Any, call: _Call) -> str | None:
         if seen:
             return where + seen
     problem = _difference(exercise, call.got, call.expected, call.place)
+    call.fallback = "call it yourself with a few small numbers, and reckon the result by hand."
     return where + problem if problem else None
 
 
-def _about_error(exercise: Exercise, answer: Any, error: BaseException) -> str:
+def _about_error(answer: Any, error: BaseException) -> str:
     said = _short(str(error))
     text = f"it raised {type(error).__name__}{': ' + said if said else ''}"
     place = _place(answer, error)
     if place:
         text += f", in `{place}`"
-    for name in (cls.__name__ for cls in type(error).__mro__):
-        if name in exercise.raised:
-            return f"{text}. {exercise.raised[name]}"
-    return f"{text}. Follow the shapes through your code, line by line."
+    return f"{text}."
 
 
 def _place(answer: Any, error: BaseException) -> str:
@@ -313,7 +321,7 @@ def _does_the_same(exercise: Exercise, mistake: Callable[..., Any], call: _Call)
 
 
 def _difference(exercise: Exercise, got: Any, expected: Any, device: Device) -> str | None:
-    if exercise.what_counts is not None:
+    if exercise.what_counts is not None and isinstance(got, list) and len(got) == len(expected):
         with suppress(Exception):  # of a result that is no such thing at all
             got, expected = exercise.what_counts(got), exercise.what_counts(expected)
     if not exercise.changes:
@@ -321,7 +329,7 @@ def _difference(exercise: Exercise, got: Any, expected: Any, device: Device) -> 
     for name, a, b in zip(exercise.changes, got, expected, strict=True):
         problem = difference(a, b, device, exercise.tolerance)
         if problem:
-            return f"in `{name}`: {problem}"
+            return f"in `{name}`, {problem.replace(' of the result', '')}"
     return None
 
 
@@ -367,14 +375,21 @@ def difference(got: Any, expected: Any, device: Device, tolerance: float | None)
     tolerance : float or None
         Relative to the largest number; by the type of the numbers unless given.
     """
+    if isinstance(expected, dict):  # what counts of a result
+        for what, value in expected.items():
+            problem = difference(got[what], value, device, tolerance)
+            if problem:
+                return f"{what}: {problem}"
+        return None
     if isinstance(expected, tuple | list):
         return _different_parts(got, expected, device, tolerance)
     if isinstance(expected, np.ndarray):
         return _different_arrays(got, expected, device, tolerance)
     if isinstance(expected, str | slice | bool) or expected is None:
-        if type(got) is type(expected) and got == expected:
+        same = type(got) is type(expected)
+        if same and got == expected:
             return None
-        return f"expected {expected!r}, got {_kind(got)}."
+        return f"expected {expected!r}, got {_text(got) if same else _kind(got)}."
     return _different_numbers(got, expected, tolerance)
 
 
@@ -385,7 +400,7 @@ def _different_parts(
     if not isinstance(got, tuple | list):
         return f"expected a {kind} of {len(expected)}, got {_kind(got)}."
     if len(got) != len(expected):
-        return f"expected {len(expected)} results, got {len(got)}."
+        return f"expected {len(expected)} result{'s'[: len(expected) - 1]}, got {len(got)}."
     for i, (a, b) in enumerate(zip(got, expected, strict=True)):
         problem = difference(a, b, device, tolerance)
         if problem:
@@ -458,17 +473,20 @@ def _factor(got: Any, expected: Any) -> str:
 def _different_numbers(got: Any, expected: Any, tolerance: float | None) -> str | None:
     if _is_array(got) and got.size == 1:
         got = to_host(got).reshape(())[()]
-    if isinstance(got, bool | np.bool_) or not isinstance(got, int | float | np.number):
+    if type(got) is bool or not isinstance(got, int | float | np.integer | np.floating):
         return f"expected a number, got {_kind(got)}."
     if isinstance(expected, int):
-        if got == expected:
-            return None
-        return f"expected {expected:,}, got {got:,}."
-    if bool(_close(float(got), np.float64(expected), tolerance or 1e-6)):
+        return None if got == expected else f"expected {expected:,}, got {_text(got)}."
+    try:
+        value = float(got)
+    except OverflowError:  # of a whole number beyond 1e308
+        value = np.inf
+    if bool(_close(value, np.float64(expected), tolerance or 1e-6)):
         return None
-    ratio = float(got) / expected if expected else np.nan
-    times = f" That is {ratio:.4g} times as much." if np.isfinite(ratio) and ratio else ""
-    return f"expected {expected:.6g}, got {float(got):.6g}.{times}"
+    ratio = value / expected if expected else np.nan
+    told = np.isfinite(ratio) and ratio and abs(ratio - 1) > 0.01
+    times = f" That is {ratio:.4g} times as much." if told else ""
+    return f"expected {expected:.6g}, got {value:.6g}.{times}"
 
 
 # --- what a function uses ----------------------------------------------------------------------
@@ -502,11 +520,9 @@ def _used(step: dis.Instruction, function: FunctionType, waiting: list[Any]) -> 
         yield name
     elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF"):
         value = _lookup(name, function)
-        module = str(getattr(value, "__module__", "") or "")
-        if isinstance(value, FunctionType) and module.split(".")[0] not in LIBRARIES:
-            waiting.append(value)
-        elif getattr(value, "py_func", None) is not None:
-            waiting.append(value.py_func)
+        own = getattr(value, "py_func", value)
+        if isinstance(own, FunctionType) and own.__globals__ is function.__globals__:
+            waiting.append(own)
         elif callable(value):
             yield str(getattr(value, "__name__", name))
 
@@ -534,7 +550,10 @@ def _all_code(code: CodeType) -> Iterator[CodeType]:
 def described(case: Case) -> str:
     """Name the arguments of a call, with the shapes of arrays; tools for practice go without."""
     told = {name: _value(value) for name, value in case.items()}
-    return ", ".join(f"{name} {text}" for name, text in told.items() if text) or "tools to practise"
+    return (
+        ", ".join(f"{name} {text}" for name, text in told.items() if text)
+        or "tools that are made up"
+    )
 
 
 def _value(value: Any) -> str:
@@ -564,7 +583,19 @@ def _kind(value: Any) -> str:
         return "nothing (None)"
     if callable(value):
         return f"a function, {getattr(value, '__name__', type(value).__name__)}"
-    return f"{type(value).__name__}: {_short(repr(value))}"
+    if isinstance(value, Iterator):
+        return f"a {type(value).__name__}, which has still to be run: `list(…)` does so"
+    return f"{type(value).__name__}: {_text(value)}"
+
+
+def _text(value: Any) -> str:
+    """Return what a value looks like, however large it is, or says that it is."""
+    if isinstance(value, int | np.integer) and abs(int(value)) < 10**15:
+        return f"{value:,}"
+    try:
+        return _short(BRIEF.repr(value))
+    except Exception:
+        return "…"
 
 
 def _short(text: str) -> str:

@@ -40,12 +40,12 @@ def _to_split(rng: np.random.Generator) -> list[Case]:
     return cases
 
 
-def _joined(parts: Any) -> tuple[int, str, Any]:
-    """Return what counts: the rows together, and that no part is more than a row larger."""
+def _joined(parts: Any) -> dict[str, Any]:
+    """Return what counts: that no part is more than a row larger, and the rows together."""
     sizes = [len(part) for part in parts]
-    even = max(sizes) - min(sizes) <= 1
+    even = "equal, up to a row" if max(sizes) - min(sizes) <= 1 else f"of {sizes} rows"
     whole = array_module(*parts).concatenate(parts)
-    return len(parts), "parts of equal size, up to a row" if even else "unequal parts", whole
+    return {"the parts": even, "the parts together": whole}
 
 
 def _times_transposed(a: Any, b: Any) -> Any:

@@ -15,12 +15,14 @@ def _shards(n_rows: int, world_size: int) -> list[slice]:
     return [slice(i, j) for i, j in pairwise(edges)]
 
 
-def _covered(parts: Any) -> tuple[int, Any, str]:
-    """Return what counts: how many, the rows in their order, and that no rank has more work."""
+def _covered(parts: Any) -> dict[str, Any]:
+    """Return what counts: each row once, and nobody has more than a row more."""
     sizes = [part.stop - part.start for part in parts]
-    rows = [i for part in parts for i in range(part.start, part.stop)]
-    even = max(sizes) - min(sizes) <= 1
-    return len(parts), rows, "equal sizes, up to a row" if even else f"sizes {sizes}"
+    steps = [later.start - earlier.stop for earlier, later in pairwise(parts)]
+    once = "once" if not any(steps) else "twice, some" if min(steps) < 0 else "not at all, some"
+    even = "equal, up to a row" if max(sizes) - min(sizes) <= 1 else f"unequal: {sizes}"
+    edges = {"the first row": parts[0].start, "the end": parts[-1].stop}
+    return {"the rows are there": once, **edges, "the sizes": even}
 
 
 def _without_rest(n_rows: int, world_size: int) -> list[slice]:

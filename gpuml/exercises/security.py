@@ -152,7 +152,8 @@ EXERCISES = {
                 lambda a, d: _norms(a, d) ** 2
             ),
             "The two norms were added; the norm of an outer product is their product.": (
-                lambda a, d: np.sqrt((a**2).sum(axis=1)) + np.sqrt((d**2).sum(axis=1))
+                lambda a, d: np.sqrt((a**2).sum(axis=1)) + np.sqrt((d**2).sum(axis=1)),
+                lambda a, d: np.sqrt((a**2).sum(axis=1) + (d**2).sum(axis=1)),
             ),
             "One root is missing: the product of a norm with a square.": lambda a, d: (
                 np.sqrt((a**2).sum(axis=1)) * (d**2).sum(axis=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -50,12 +51,13 @@ def _tiled(
     multiply: Any,
     *,
     add: bool = True,
-    whole_only: bool = False,
+    whole_only: str = "",
     last: int = 0,
 ) -> Any:
     c = np.zeros((a.shape[0], b.shape[1]), a.dtype)
     sizes = [(a.shape[0], tile), (b.shape[1], tile), (a.shape[1], depth)]
-    ends = [size // step * step if whole_only else size for size, step in sizes]
+    axes = zip("mnk", sizes, strict=True)
+    ends = [size // step * step if axis in whole_only else size for axis, (size, step) in axes]
     for i in _starts(ends[0], tile):
         for j in _starts(ends[1], tile):
             for k in _starts(ends[2] - last, depth):
@@ -119,7 +121,7 @@ EXERCISES = {
             "*add* its product.": lambda *a: _tiled(*a, add=False),
             "The edge is missing: sizes are no multiples of the tile. A slice that ends behind "
             "the matrix is cut off there by itself, so begin a tile wherever there is a row "
-            "left.": lambda *a: _tiled(*a, whole_only=True),
+            "left.": tuple(partial(_tiled, whole_only=axes) for axes in ("mnk", "mn", *"mnk")),
             "The last panel along K is missing: `range(0, K, depth)` already has its start.": (
                 lambda a, b, tile, depth, multiply: _tiled(a, b, tile, depth, multiply, last=depth)
             ),
