@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gpuml.errors import DataError
-from gpuml.model_files import replacing
+from gpuml.model_files import file_sha256, replacing
 from gpuml.plain_files import parse_json
 
 STUB = "# YOUR CODE HERE\nraise NotImplementedError()"  # what nbgrader writes for Python
@@ -75,17 +75,18 @@ def copy_course(
         for name, content in files.items():
             path = target / name
             path.parent.mkdir(parents=True, exist_ok=True)
-            there = path.read_bytes() if path.is_file() else None
-            if there == content:
+            wanted = hashlib.sha256(content).hexdigest()
+            there = file_sha256(path) if path.is_file() else None
+            if there == wanted:
                 copied.unchanged.append(name)
-            elif there is None or overwrite or sums.get(name) == _sum(there):
+            elif there is None or overwrite or sums.get(name) == there:
                 with replacing(path) as temporary:
                     temporary.write_bytes(content)
                 copied.written.append(name)
             else:
                 copied.kept.append(name)
                 continue
-            sums[name] = _sum(content)
+            sums[name] = wanted
     finally:  # also of the part that was written before the disk was full
         if copied.written or copied.unchanged:
             _write_sums(target, sums)
@@ -185,10 +186,6 @@ def without_solutions(text: str) -> str:
     if inside:
         raise ValueError("a solution begins and does not end")
     return "\n".join(kept)
-
-
-def _sum(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
 
 
 def _read_sums(folder: Path) -> dict[str, str]:

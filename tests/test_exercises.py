@@ -395,12 +395,12 @@ WRONG = {
 }
 KERNELS = {
     "saxpy": [
-        ("    if i < y.size:\n        y[i]", "    y[i]", "Guard the access"),
+        ("    if i < y.size:\n        y[i]", "    y[i]", "Guard"),
         ("y[i] += alpha * x[i]", "y[i] = alpha * x[i]", "to be *added*"),
         ("y[i] += alpha * x[i]", "y[i] = alpha * y[i] + x[i]", "`alpha` multiplies `x`"),
-        ("cuda.grid(1)", "cuda.threadIdx.x", "call it yourself"),
+        ("cuda.grid(1)", "cuda.threadIdx.x", "which element does each thread touch"),
         ("i < y.size", "i < y.size - 1", "The last element is missing"),
-        ("i < y.size", "i < 8", "Only the first block"),
+        ("i < y.size", "i < min(8, y.size)", "Only the first block"),
         ("i < y.size", "i < 0", "Nothing was written"),
         ("@cuda.jit\n", "", "put @cuda.jit"),
     ],

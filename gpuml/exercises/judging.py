@@ -72,6 +72,8 @@ class Exercise:
         ``(**arguments)``, after the call: a complaint that can be seen from the arguments.
     raised : mapping of str to str
         Hints for exceptions by the names of their classes.
+    otherwise : str
+        The hint for a wrong result that none of the mistakes has.
     tolerance : float, optional
         Relative to the largest number of the result.
     host_result : bool
@@ -95,6 +97,7 @@ class Exercise:
     launch: Callable[..., Any] | None = None
     watch: Callable[..., str | None] | None = None
     raised: Mapping[str, str] = field(default_factory=dict)
+    otherwise: str = "call it yourself with a few small numbers, and reckon the result by hand."
     tolerance: float | None = None
     host_result: bool = False
     what_counts: Callable[[Any], dict[str, Any]] | None = None
@@ -272,7 +275,7 @@ def _judged(exercise: Exercise, answer: Any, call: _Call) -> str | None:
         if seen:
             return where + seen
     problem = _difference(exercise, call.got, call.expected, call.place)
-    call.fallback = "call it yourself with a few small numbers, and reckon the result by hand."
+    call.fallback = exercise.otherwise
     return where + problem if problem else None
 
 

@@ -13,6 +13,10 @@ OUTSIDE = (
     "A thread asked for an element outside the array: more threads are launched than there is "
     "work. Guard the access with an `if`."
 )
+UNKNOWN = (
+    "which element does each thread touch, and none twice? A GPU does not complain about an access "
+    "outside the array; it writes there. Guard it with an `if`."
+)
 NOTHING_WRITTEN = (
     "Nothing was written. A kernel returns nothing: it writes into the array that it is given."
 )
@@ -159,6 +163,7 @@ EXERCISES = {
         shown=("alpha", "x", "y"),
         cases=_vectors,
         launch=_launch_saxpy,
+        otherwise=UNKNOWN,
         changes=("memory",),
         raised={"IndexError": OUTSIDE},
         mistakes={
@@ -176,6 +181,7 @@ EXERCISES = {
         solve=_transpose,
         cases=_matrices,
         launch=_launch_transpose,
+        otherwise=UNKNOWN,
         changes=("B",),
         raised={"IndexError": OUTSIDE},
         mistakes={
