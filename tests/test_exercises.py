@@ -11,13 +11,16 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import elsewhere
 import numpy as np
 import pytest
 
 import gpuml
 from gpuml import exercises
+from gpuml.devices import Device
 from gpuml.exercises import AnswerError, bounds, check
 from gpuml.exercises.judging import complaint, uses
 
@@ -467,6 +470,38 @@ def message(name: str, function, **options) -> str:
     return text
 
 
+@pytest.fixture
+def device_elsewhere(monkeypatch):
+    """A GPU that is none, whose arrays do not mix with NumPy's."""
+    with suppress(gpuml.DeviceError):
+        gpuml.get_device("gpu")
+        pytest.skip("a GPU answers: it does the same, and better")
+    monkeypatch.setitem(sys.modules, "cupy", elsewhere.library())
+    # its kernels are for a real one
+    monkeypatch.setattr(gpuml, "batched_matmul", lambda a, b: a @ b, raising=False)
+    return Device("gpu")
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_right_answer_is_right_where_arrays_do_not_mix(device_elsewhere, name):
+    check(name, answer(name), device=device_elsewhere)
+
+
+def test_arrays_of_the_wrong_place_are_refused(device_elsewhere):
+    right = answer("gradient")
+    host = message(
+        "gradient", lambda X, Y, W: gpuml.to_host(right(X, Y, W)), device=device_elsewhere
+    )
+    assert "the result is in the host's memory, and the arguments are on the GPU" in host
+    there = message("there_and_back", lambda v, d: d.asarray(v) ** 2 + 1, device=device_elsewhere)
+    assert "the result is still on the GPU: `gpuml.to_host` brings it back" in there
+
+    def mixed(X, Y, W):
+        return X.T @ np.ones((20, 2))
+
+    assert "it raised TypeError" in message("gradient", mixed, device=device_elsewhere)
+
+
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_the_right_answer_is_right(device, name, capsys):
     assert check(name, answer(name), device=device) is None
@@ -583,7 +618,7 @@ def test_the_check_goes_on_without_a_call_that_nobody_can_stop(monkeypatch):
     start = time.perf_counter()
     text = message("amdahl", amdahl, time_limit=0.2)
     assert time.perf_counter() - start < 2
-    assert "It goes on in the background: restart the kernel" in text
+    assert "It cannot be stopped and goes on in the background: restart the kernel." in text
     check("amdahl", answer("amdahl"))  # the next one is not disturbed
 
 

@@ -236,7 +236,7 @@ def _unusable(exercise: Exercise, answer: Any) -> str | None:
 def _judged(exercise: Exercise, answer: Any, call: _Call) -> str | None:
     """Say what is wrong with one call, or None."""
     where, run = f"Called with {described(call.case)}, ", call.run
-    still = "It goes on in the background: restart the kernel if the machine is slow."
+    still = "It cannot be stopped and goes on in the background: restart the kernel."
     if run.verdict == "too long":
         return (
             f"{where}it had not ended in time and was stopped. Is there a loop whose condition "
