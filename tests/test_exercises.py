@@ -786,7 +786,7 @@ def odd_results():
     return [*numbers, *texts, *groups, *arrays, *others]
 
 
-# one for each kind of result: arrays, pairs, lists, numbers, texts, slices, what is changed in place
+# one for each kind of result: arrays, pairs, lists, numbers, texts, slices, changes in place
 KINDS = ["gradient", "row_halves", "split_rows", "relative_error", "batch_size", "bound_by"]
 KINDS += ["shards", "survivors", "cross_entropy", "fused_update"]
 
