@@ -33,8 +33,7 @@ FLOORS = [
     {"cpu_populations", "population_runs", "populations", "searches"}
     | {"cpu_layers", "one_pass", "fused", "fused_populations", "steps", "training"}
     | {"robustness", "privacy"},
-    {"doctor", "recordings", "rivals", "workloads", "peers", "scaling", "cli", "__main__"}
-    | {"exercises", "copies"},
+    {"doctor", "recordings", "rivals", "workloads", "peers", "scaling", "cli", "__main__"},
 ]
 # On one floor, a module may use those to its left.
 NEIGHBOURS = [("errors", "devices"), ("devices", "kernels"), ("errors", "kernels")]
@@ -64,8 +63,6 @@ NEIGHBOURS += [("doctor", "cli"), ("recordings", "cli"), ("cli", "__main__")]
 NEIGHBOURS += [("rivals", "workloads"), ("rivals", "peers"), ("workloads", "peers")]
 NEIGHBOURS += [("workloads", "cli"), ("peers", "cli")]
 NEIGHBOURS += [("workloads", "scaling"), ("scaling", "cli")]
-NEIGHBOURS += [("copies", "cli")]
-NEIGHBOURS += [("exercises", "exercises")]  # a package of its own
 HEAVY = {"cupy", "cupyx", "dp_accounting", "matplotlib", "mpi4py", "numba"} | {
     "jax",
     "safetensors",
@@ -89,18 +86,14 @@ def imports(tree: ast.AST) -> set[str]:
     return names
 
 
-MODULES = sorted(PACKAGE.rglob("*.py"))
+MODULES = sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("*/__init__.py")])
 
 
 def module_name(path: Path) -> str:
     return path.parent.name if path.parent != PACKAGE else path.stem
 
 
-def shown_name(path: Path) -> str:
-    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-
-
-@pytest.mark.parametrize("path", MODULES, ids=shown_name)
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
 def test_imports_point_down(path):
     name = module_name(path)
     if name == "__init__":
@@ -117,7 +110,7 @@ def test_imports_point_down(path):
         assert down, f"{name} (floor {floor[name]}) imports {used} (floor {floor[used]})"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=shown_name)
+@pytest.mark.parametrize("path", MODULES, ids=module_name)
 def test_heavy_libraries_are_imported_where_they_are_used(path):
     tree = ast.parse(path.read_text())
     top = ast.Module([n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)], [])
@@ -393,7 +386,7 @@ def test_the_readme_names_every_extra_and_only_commands_that_exist(monkeypatch, 
         if "gpuml" not in words:
             continue
         arguments = [w for w in words[words.index("gpuml") + 1 :] if w != "--help"]
-        for command in ("train", "predict", "doctor", "bench", "notebooks", "lab"):
+        for command in ("train", "predict", "doctor", "bench"):
             if arguments[:1] == [command]:
                 options = cli._parse(arguments)  # refuses an unknown option
                 assert options.command.__name__ == f"_{command}"
