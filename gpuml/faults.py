@@ -58,6 +58,8 @@ def first_non_finite(
     """Return row, column and value of the first number that is not finite as `dtype`, or None."""
     if getattr(getattr(array, "dtype", None), "kind", "") != "f":
         return None
+    if array.dtype == dtype and not squares and _seen_finite(array):
+        return None
     rows = max(1, GATHERED_BYTES // max(1, array[:1].nbytes))
     for first in range(0, len(array), rows):
         part = array[first : first + rows]
@@ -79,6 +81,8 @@ def cause_in_weights(parameters: Parameters) -> str:
     >>> cause_in_weights(p)
     'a is inf in row 1, column 0'
     """
+    if _seen_finite(parameters.flat):
+        return ""
     places = {name: first_non_finite(array, array.dtype) for name, array in parameters.items()}
     found = [
         f"{name} is {place[2]:g} in row {place[0]}, column {place[1]}"
@@ -212,8 +216,15 @@ def _size(array: Array) -> float:
 
 def vectors_not_finite(state: Mapping[str, Array], flat: Array) -> list[str]:
     """Return the names of an optimizer's vectors, one number a parameter, that are not finite."""
-    xp = array_module(flat)
-    kernel = fused(xp) and flat.dtype.name in ("float32", "float64")
-    finite = all_finite if kernel else lambda a: xp.isfinite(a).all()
     vectors = {n: a for n, a in state.items() if a.shape == flat.shape and a.dtype == flat.dtype}
-    return [name for name, a in vectors.items() if not bool(finite(a))]
+    return [
+        name
+        for name, a in vectors.items()
+        if not (_seen_finite(a) or bool(array_module(a).isfinite(a).all()))
+    ]
+
+
+def _seen_finite(array: Array) -> bool:
+    """Return whether a kernel says at once that all is finite; where there is none, False."""
+    kernel = fused(array_module(array)) and array.dtype.name in ("float32", "float64")
+    return kernel and bool(array.flags.c_contiguous) and bool(all_finite(array))
