@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from gpuml import exercises as exercises
     from gpuml import metrics as metrics
     from gpuml import plots as plots
     from gpuml import privacy as privacy
@@ -78,6 +79,7 @@ _MODULES = {
         "GpumlError",
         "ModelFileError",
     ),
+    "exercises": (),
     "gradients": ("gradient_check",),
     "history": ("History", "compare_histories"),
     "losses": ("mean_squared_error", "softmax_cross_entropy"),

@@ -1,4 +1,4 @@
-"""The command line: `gpuml train`, `gpuml predict`, `gpuml doctor`, `gpuml bench`."""
+"""The command line: `gpuml train`, `predict`, `doctor`, `bench`, `notebooks`, `lab`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import difflib
 import io
 import os
 import re
+import shlex
 import signal
+import subprocess
 import sys
 import threading
 import traceback
@@ -15,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -98,6 +101,23 @@ examples:
   gpuml bench --peers --workload wide --precision tf32 --save mine.json
   gpuml bench --peers --workload population --models 16,64
   mpiexec -n 4 gpuml bench --ranks --workload wide --precision tf32
+"""
+
+NOTEBOOKS_HELP = """\
+Put the course into a folder: the notebooks, and in the folder exercises what
+is to be written and checked. A file there that you have changed is kept.
+"""
+
+LAB_HELP = """\
+Put the course into a folder, as gpuml notebooks does, and open JupyterLab
+there. What follows -- is handed to JupyterLab.
+"""
+
+LAB_EXAMPLES = """\
+examples:
+  gpuml lab
+  gpuml lab course --teacher
+  gpuml lab course -- --no-browser --port 8888
 """
 
 EXIT_CODES = """\
@@ -199,7 +219,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
         raise CallError(unknown_name("command", name, commands))
     # Intermixed: `gpuml train --epochs 3 table.csv` is as good as the other order.
-    options, unknown = commands[name].parse_known_intermixed_args(arguments[1:])
+    own, rest = list(arguments[1:]), []
+    if name == "lab" and "--" in own:
+        own, rest = own[: own.index("--")], own[own.index("--") + 1 :]
+    options, unknown = commands[name].parse_known_intermixed_args(own)
+    options.jupyter = rest
     if unknown:
         known = [o for action in commands[name]._actions for o in action.option_strings]
         wrong = unknown[0].partition("=")[0]
@@ -356,7 +380,32 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
         help="with --peers or --ranks: float32, tf32, bfloat16 (float32; for wide on a GPU all, "
         "with --ranks tf32)",
     )
-    return parser, {"train": train, "predict": predict, "doctor": doctor, "bench": bench}
+    notebooks = add(
+        "notebooks",
+        _notebooks,
+        help="put the course into a folder",
+        description=NOTEBOOKS_HELP,
+        epilog=EXIT_CODES,
+    )
+    notebooks.add_argument("folder", metavar="DIR", help="made if it does not exist")
+    lab = add(
+        "lab",
+        _lab,
+        help="put the course into a folder and open JupyterLab there",
+        description=LAB_HELP,
+        epilog=f"{LAB_EXAMPLES}\n{EXIT_CODES}",
+    )
+    lab.add_argument("folder", metavar="DIR", nargs="?", default=COURSE, help=f"({COURSE})")
+    for command in (notebooks, lab):
+        command.add_argument("--teacher", action="store_true", help="with solutions (off)")
+        command.add_argument(
+            "--overwrite", action="store_true", help="replace what you have changed (off)"
+        )
+    commands = {"train": train, "predict": predict, "doctor": doctor, "bench": bench}
+    return parser, commands | {"notebooks": notebooks, "lab": lab}
+
+
+COURSE = "gpuml-course"
 
 
 TASKS = ("auto", "classification", "regression")
@@ -929,6 +978,46 @@ def _doctor(options: argparse.Namespace) -> int:
     diagnosis = doctor()
     print(diagnosis.to_json() if options.json else diagnosis)
     return DONE if diagnosis.ok else FAILED
+
+
+def _notebooks(options: argparse.Namespace) -> int:
+    _copy_course(options)
+    print(f"next: gpuml lab {shlex.quote(options.folder)}")
+    return DONE
+
+
+def _copy_course(options: argparse.Namespace) -> None:
+    from gpuml.copies import copy_course
+    from gpuml.errors import DataError
+
+    folder = Path(options.folder)
+    if folder.exists() and not folder.is_dir():
+        raise CallError(f"{folder} is a file, expected a folder")
+    try:
+        copied = copy_course(folder, teacher=options.teacher, overwrite=options.overwrite)
+    except (OSError, DataError) as error:
+        raise RunError(f"cannot put the course into {folder}: {error}") from None
+    solutions = "with" if options.teacher else "without"
+    print(f"{folder}{os.sep}: {_count(len(copied.written), 'file')} written", end=", ")
+    print(f"{len(copied.unchanged)} there already; exercises {solutions} solutions")
+    if copied.kept:
+        print("kept, since you have changed them (--overwrite replaces them):")
+        print(*(f"  {name}" for name in copied.kept), sep="\n")
+
+
+def _lab(options: argparse.Namespace) -> int:
+    if find_spec("jupyterlab") is None:
+        raise RunError("JupyterLab is not installed: pip install 'gpuml[lab]'")
+    _copy_course(options)
+    sys.stdout.flush()
+    command = [sys.executable, "-m", "jupyterlab", *options.jupyter]
+    with subprocess.Popen(command, cwd=options.folder) as server:
+        usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for JupyterLab
+        try:
+            code = server.wait()
+        finally:
+            signal.signal(signal.SIGINT, usual)
+    return DONE if code == 0 else FAILED
 
 
 def _bench(options: argparse.Namespace) -> int:

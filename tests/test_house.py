@@ -33,7 +33,8 @@ FLOORS = [
     {"cpu_populations", "population_runs", "populations", "searches"}
     | {"cpu_layers", "one_pass", "fused", "fused_populations", "steps", "training"}
     | {"robustness", "privacy"},
-    {"doctor", "recordings", "rivals", "workloads", "peers", "scaling", "cli", "__main__"},
+    {"doctor", "recordings", "rivals", "workloads", "peers", "scaling", "cli", "__main__"}
+    | {"exercises", "copies"},
 ]
 # On one floor, a module may use those to its left.
 NEIGHBOURS = [("errors", "devices"), ("devices", "kernels"), ("errors", "kernels")]
@@ -63,6 +64,8 @@ NEIGHBOURS += [("doctor", "cli"), ("recordings", "cli"), ("cli", "__main__")]
 NEIGHBOURS += [("rivals", "workloads"), ("rivals", "peers"), ("workloads", "peers")]
 NEIGHBOURS += [("workloads", "cli"), ("peers", "cli")]
 NEIGHBOURS += [("workloads", "scaling"), ("scaling", "cli")]
+NEIGHBOURS += [("copies", "cli")]
+NEIGHBOURS += [("exercises", "exercises")]  # a package of its own
 HEAVY = {"cupy", "cupyx", "dp_accounting", "matplotlib", "mpi4py", "numba"} | {
     "jax",
     "safetensors",
@@ -86,14 +89,18 @@ def imports(tree: ast.AST) -> set[str]:
     return names
 
 
-MODULES = sorted([*PACKAGE.glob("*.py"), *PACKAGE.glob("*/__init__.py")])
+MODULES = sorted(PACKAGE.rglob("*.py"))
 
 
 def module_name(path: Path) -> str:
     return path.parent.name if path.parent != PACKAGE else path.stem
 
 
-@pytest.mark.parametrize("path", MODULES, ids=module_name)
+def shown_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=shown_name)
 def test_imports_point_down(path):
     name = module_name(path)
     if name == "__init__":
@@ -110,7 +117,7 @@ def test_imports_point_down(path):
         assert down, f"{name} (floor {floor[name]}) imports {used} (floor {floor[used]})"
 
 
-@pytest.mark.parametrize("path", MODULES, ids=module_name)
+@pytest.mark.parametrize("path", MODULES, ids=shown_name)
 def test_heavy_libraries_are_imported_where_they_are_used(path):
     tree = ast.parse(path.read_text())
     top = ast.Module([n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)], [])
@@ -386,7 +393,7 @@ def test_the_readme_names_every_extra_and_only_commands_that_exist(monkeypatch, 
         if "gpuml" not in words:
             continue
         arguments = [w for w in words[words.index("gpuml") + 1 :] if w != "--help"]
-        for command in ("train", "predict", "doctor", "bench"):
+        for command in ("train", "predict", "doctor", "bench", "notebooks", "lab"):
             if arguments[:1] == [command]:
                 options = cli._parse(arguments)  # refuses an unknown option
                 assert options.command.__name__ == f"_{command}"
