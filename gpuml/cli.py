@@ -187,7 +187,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunError as error:
         return _complain(error, FAILED)
     except MemoryError as error:
-        return _complain(f"not enough memory: {error}", FAILED)
+        from gpuml.errors import answered
+
+        return _complain(f"not enough memory: {error}. {answered('memory')}", FAILED)
     except KeyboardInterrupt as error:
         return _complain(str(error) or "stopped by Ctrl-C: nothing saved", INTERRUPTED)
     except OSError as error:
@@ -474,7 +476,8 @@ def _finding_faults() -> Iterator[None]:
     try:
         yield
     except (GpumlError, ValueError, OSError) as error:
-        raise CallError(error) from None
+        notes = getattr(error, "__notes__", ())
+        raise CallError(". ".join([str(error), *notes])) from None
 
 
 @contextmanager

@@ -45,7 +45,7 @@ from gpuml.distributed import (
     ranks,
     share_of,
 )
-from gpuml.errors import DataError, GpumlError
+from gpuml.errors import DataError, GpumlError, noting_memory_errors
 from gpuml.faults import (
     Fault,
     cause_in_data,
@@ -256,7 +256,7 @@ def train(
     limit = None if memory_limit is None else parse_size(memory_limit)
     if limit is not None and validation_data is not None:
         limit = max(1, limit // 2)  # for each of the two
-    with model.device.use():
+    with model.device.use(), noting_memory_errors():
         loss = get_loss(loss or usual_loss(X, y))
         data = source_of(model, X, y, loss, batch_size, limit)
         held_out = None
@@ -919,7 +919,7 @@ def evaluate(
         ``loss``, and with cross entropy ``accuracy``: the share of rows whose largest output is
         that of their label.
     """
-    with model.device.use():
+    with model.device.use(), noting_memory_errors():
         loss = get_loss(loss or usual_loss(X, y))
         data = source_of(model, X, y, loss, EVALUATED_ROWS, None, smaller=True)
         with blas_threads(largest_product(model, data.batch_size)):
