@@ -399,7 +399,9 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     )
     lab.add_argument("folder", metavar="DIR", nargs="?", default=COURSE, help=f"({COURSE})")
     for command in (notebooks, lab):
-        command.add_argument("--teacher", action="store_true", help="with solutions (off)")
+        command.add_argument(
+            "--teacher", action="store_true", help="with solutions and the teacher's page (off)"
+        )
         command.add_argument(
             "--overwrite", action="store_true", help="replace what you have changed (off)"
         )
