@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from gpuml.errors import DeviceError, answered
+from gpuml.errors import DeviceError, answered, note_lack_of_memory
 
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray: the two share no common type
 
@@ -90,10 +90,14 @@ class Device:
         numpy.ndarray or cupy.ndarray
             `a` itself where it is already here with the right type.
         """
-        if self.kind == "cpu":
-            return np.asarray(to_host(a), dtype=dtype)
-        with self.use():
-            return _cupy().asarray(a, dtype=dtype)
+        try:
+            if self.kind == "cpu":
+                return np.asarray(to_host(a), dtype=dtype)
+            with self.use():
+                return _cupy().asarray(a, dtype=dtype)
+        except MemoryError as error:
+            note_lack_of_memory(error)
+            raise
 
     def synchronize(self) -> None:
         """Wait until all work queued on the device is done (the CPU never queues any)."""

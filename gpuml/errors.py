@@ -38,7 +38,7 @@ class DeviceMemoryError(GpumlError, MemoryError):
 
     def __init__(self, *args: object) -> None:
         super().__init__(*args)
-        self.add_note(answered("memory"))
+        note_lack_of_memory(self)
 
 
 class DataError(GpumlError, ValueError):
@@ -70,15 +70,19 @@ def answered(*questions: str) -> str:
     return f"More: notebook 11, {named} (gpuml notebooks DIR)"
 
 
+def note_lack_of_memory(error: MemoryError) -> None:
+    """Add, once, where the course says what to do; also to errors of NumPy, CuPy and Python."""
+    if answered("memory") not in getattr(error, "__notes__", ()):
+        error.add_note(answered("memory"))
+
+
 @contextmanager
 def noting_memory_errors() -> Iterator[None]:
-    """Note at the errors of NumPy, CuPy and Python, too, what to do where memory runs out."""
+    """Do that for what is raised inside a ``with`` block."""
     try:
         yield
     except MemoryError as error:
-        note = answered("memory")
-        if note not in getattr(error, "__notes__", ()):
-            error.add_note(note)
+        note_lack_of_memory(error)
         raise
 
 

@@ -945,12 +945,12 @@ def predict(model: Model, X: Array) -> Array:
     check_numbers("X", X)
     if X.ndim != 2 or 0 in X.shape:
         raise ValueError(f"X has shape {X.shape}, expected (n_samples, n_features), not empty")
-    with blas_threads(largest_product(model, min(len(X), EVALUATED_ROWS))):
+    with blas_threads(largest_product(model, min(len(X), EVALUATED_ROWS))), noting_memory_errors():
         outputs = [
             home.asarray(model(device.asarray(X[start : start + EVALUATED_ROWS], model.dtype)))
             for start in range(0, len(X), EVALUATED_ROWS)
         ]
-    return home.xp.concatenate(outputs)
+        return home.xp.concatenate(outputs)
 
 
 def _evaluate(model: Model, data: Batches, loss: Loss) -> dict[str, float]:

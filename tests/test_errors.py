@@ -114,6 +114,29 @@ def test_where_memory_runs_out_the_error_says_where_to_read(work, monkeypatch):
     assert caught.value.__notes__ == [answered("memory")]
 
 
+def test_arrays_and_products_that_do_not_fit_say_where_to_read(device):
+    """4 PiB, of one number that NumPy and CuPy repeat without a copy."""
+    xp = device.xp
+    wide = xp.broadcast_to(xp.ones((1, 1), np.float32), (2**25, 1))
+    with pytest.raises(MemoryError) as caught:
+        gpuml.batched_matmul(wide, wide.T)
+    assert caught.value.__notes__ == [answered("memory")]
+    huge = np.broadcast_to(np.ones(1, np.float32), (2**50,))
+    with pytest.raises(MemoryError) as caught:
+        device.asarray(huge, np.float64)
+    assert caught.value.__notes__ == [answered("memory")]
+
+
+def test_what_a_model_answers_may_not_fit(monkeypatch):
+    def lacking(*_):
+        raise MemoryError("Unable to allocate 5 TiB")
+
+    monkeypatch.setattr(gpuml.Linear, "__call__", lacking)
+    with pytest.raises(MemoryError) as caught:
+        gpuml.predict(gpuml.Linear(2, 1, device="cpu"), np.ones((3, 2), np.float32))
+    assert caught.value.__notes__ == [answered("memory")]
+
+
 def test_a_gpu_without_cupy_is_noted_and_one_too_many_is_not(monkeypatch):
     from gpuml import devices
 
