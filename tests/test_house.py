@@ -24,7 +24,7 @@ NOTEBOOKS = sorted(
 
 FLOORS = [
     {"errors", "devices", "kernels", "memory_maps", "blocking", "gpu_layers", "distributed"}
-    | {"nccl", "peer_copies", "plain_files", "watcher"},
+    | {"nccl", "peer_copies", "plain_files", "progress", "watcher"},
     {"matmul", "losses", "datasets", "model_files", "plots", "timing", "staging", "journal"}
     | {"sharing"}
     | {"metrics", "schedules", "operations", "rounding", "noise"},
