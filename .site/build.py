@@ -93,12 +93,9 @@ def notebook_page(path: Path) -> str:
             cell["source"] = with_links("".join(cell["source"]), path)
         else:
             cell["outputs"] = with_finished_lines(cell["outputs"])
-    last = notebook["cells"][-1]
-    partner = NOTEBOOKS / ("" if is_exercise else "exercises") / path.name
-    if partner.is_file() and last["cell_type"] == "markdown":
-        there = f"../{path.name}" if is_exercise else f"exercises/{path.name}"
-        what = "The notebook to these exercises" if is_exercise else "Exercises with checks"
-        last["source"] += f"\n\n[{what}]({there})"
+    last, exercises = notebook["cells"][-1], NOTEBOOKS / "exercises" / path.name
+    if not is_exercise and exercises.is_file() and last["cell_type"] == "markdown":
+        last["source"] += f"\n\n[Exercises with checks](exercises/{path.name})"
     return json.dumps(notebook)
 
 
@@ -212,7 +209,7 @@ def _documented(module: str, names: Sequence[str]) -> Iterator[str]:
         yield f".. auto{kind}:: {module}.{name}"
         if kind in ("class", "exception"):
             yield "   :members:"
-            yield "   :show-inheritance:"
+            yield "   :show-inheritance:" if value.__bases__ != (object,) else ""
         yield ""
 
 

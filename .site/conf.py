@@ -34,6 +34,7 @@ myst_enable_extensions = ["dollarmath", "amsmath"]
 myst_heading_anchors = 4
 
 autodoc_member_order = "bysource"
+autodoc_preserve_defaults = True
 autodoc_typehints = "none"  # the docstrings say more
 autosummary_generate = False
 napoleon_google_docstring = False
@@ -65,11 +66,13 @@ def documented_name(module: str, target: str) -> tuple[str, Any]:
     """Return what a module calls `target`, and the name that it has on the site."""
     value = first_of(f"{module}.{target}", f"gpuml.{target}", target)
     name = getattr(value, "__qualname__", "")
-    if name in gpuml.__all__ and value is getattr(gpuml, name):
+    home = getattr(value, "__module__", "")
+    top = name.partition(".")[0]  # a method's class
+    if top in gpuml.__all__ and home == getattr(gpuml, top).__module__:
         return f"gpuml.{name}", value
     if inspect.ismodule(value):
         return value.__name__, value
-    return f"{getattr(value, '__module__', '')}.{name}", value
+    return f"{home}.{name}", value
 
 
 def first_of(*names: str) -> Any:
@@ -95,9 +98,12 @@ def look_up_names(app: Sphinx, doctree: nodes.document) -> None:
     for node in list(doctree.findall(addnodes.pending_xref)):
         if node.get("refdomain") != "py":
             continue
+        if page == "index" and node["reftype"] != "obj":  # in a summary, out of its module
+            node.replace_self(node.children)
+            continue
         name, value = documented_name(f"gpuml.{page}", node["reftarget"])
         home = getattr(value, "__module__", None) or getattr(value, "__name__", "")
-        has_page = f"reference/{home.removeprefix('gpuml.')}" in app.env.all_docs
+        has_page = f"reference/{home.removeprefix('gpuml.')}" in app.env.found_docs
         if node.get("refspecific") and not (inspect.isclass(value) and has_page):
             node.replace_self(node.children)
         elif has_page:
