@@ -20,7 +20,6 @@ BUILD = ROOT / ".site" / "build.py"
 NOTEBOOKS = ROOT / "notebooks"
 SOURCES = [*sorted(NOTEBOOKS.glob("*.ipynb")), *sorted(NOTEBOOKS.glob("exercises/*.ipynb"))]
 MISSING = [name for name in ("sphinx", "myst_nb", "furo") if find_spec(name) is None]
-PRESENT = find_spec("sphinx") is not None
 
 
 class Page(HTMLParser):
@@ -74,7 +73,7 @@ def broken_links(site: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
-    if MISSING:
+    if MISSING:  # `uv sync --group site` brings them
         pytest.skip(f"not installed: {', '.join(MISSING)}")
     folder = (tmp_path_factory.mktemp("site") / "html").resolve()
     built = subprocess.run(
