@@ -55,6 +55,7 @@ from gpuml.memory_maps import (
     overlap,
     read_ahead,
 )
+from gpuml.progress import progress_bar
 from gpuml.sharing import (
     OnFirst,
     check_arguments,
@@ -1060,11 +1061,7 @@ class _ProgressBar:
         self._bar: Any = None
         self._n_operations, self._n_tiles = plan.n_operations, plan.n_tiles
         if wanted is True or (wanted is None and sys.stderr.isatty()):
-            from tqdm import tqdm
-
-            self._bar = tqdm(
-                total=plan.n_operations, unit="FLOP", unit_scale=True, dynamic_ncols=True
-            )
+            self._bar = progress_bar(total=plan.n_operations, unit="FLOP", unit_scale=True)
 
     def __enter__(self) -> _ProgressBar:
         return self

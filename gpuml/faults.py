@@ -119,7 +119,7 @@ def fault_in_steps(
         Finite ones, which stay as they are.
     loss : callable
     data : Batches
-        They are gone through in order until something is found, or :data:`SECONDS` are over.
+        They are gone through in order until something is found, or ``SECONDS`` are over.
     options : dict
         For ``model.forward``, such as the precision.
     table : str

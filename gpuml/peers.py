@@ -483,7 +483,7 @@ def compare_rivals(
     device : Device or str, optional
         What :func:`gpuml.get_device` returns unless given.
     rivals : sequence of str, optional
-        Of :data:`gpuml.rivals.RIVALS`, or ``"module:function"``; on the CPU each is tried with
+        Of ``gpuml.rivals.RIVALS``, or ``"module:function"``; on the CPU each is tried with
         several numbers of threads, gpuml excepted, which chooses its own.
     ceilings : mapping of str to float, optional
         The values of :func:`gpuml.device_ceilings`; measured unless given.

@@ -62,6 +62,7 @@ from gpuml.memory_maps import mapped_file
 from gpuml.model_files import check_place
 from gpuml.models import Linear, Model, Parameters
 from gpuml.optimizers import GradientDescent, Optimizer, get_optimizer
+from gpuml.progress import progress_bar
 from gpuml.regression import largest_stable_learning_rate
 from gpuml.schedules import Schedule, factor_of, get_schedule
 from gpuml.staging import Trace
@@ -204,8 +205,8 @@ def train(
         drawn by chance, and has `batch_size` rows on average; the history says what is spent.
         `shuffle` and `seed` have no part in it.
     progress : bool, optional
-        Whether to show a progress bar on standard error; if that is a terminal unless given. Of
-        several ranks, only the first shows it.
+        Whether to show a progress bar, on standard error or as a notebook's output; if standard
+        error is a terminal unless given. Of several ranks, only the first shows it.
 
     Returns
     -------
@@ -1110,15 +1111,13 @@ def _rounded_down(value: float) -> float:
 
 
 class ProgressBar:
-    """tqdm's bar over all steps, on a terminal; nothing elsewhere."""
+    """A bar over all steps, on a terminal; nothing elsewhere."""
 
     def __init__(self, show: bool | None, n_epochs: int, n_steps: int, n_done: int) -> None:
         self.bar: Any = None
         self.n_epochs, self.n_steps = n_epochs, n_steps
         if sys.stderr.isatty() if show is None else show:
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=n_epochs * n_steps, unit="step", dynamic_ncols=True)
+            self.bar = progress_bar(total=n_epochs * n_steps, unit="step")
             self.bar.set_description(f"epoch 1/{n_epochs}")
         self.done = n_done * n_steps
         if self.bar is not None:

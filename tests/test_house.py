@@ -24,7 +24,7 @@ NOTEBOOKS = sorted(
 
 FLOORS = [
     {"errors", "devices", "kernels", "memory_maps", "blocking", "gpu_layers", "distributed"}
-    | {"nccl", "peer_copies", "plain_files", "watcher"},
+    | {"nccl", "peer_copies", "plain_files", "progress", "watcher"},
     {"matmul", "losses", "datasets", "model_files", "plots", "timing", "staging", "journal"}
     | {"sharing"}
     | {"metrics", "schedules", "operations", "rounding", "noise"},
@@ -310,6 +310,14 @@ def project() -> dict:
     return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
+def development() -> list[str]:
+    """All that the group `dev` asks for, the groups in it included."""
+    groups = project()["dependency-groups"]
+    own = [entry for entry in groups["dev"] if isinstance(entry, str)]
+    included = [entry["include-group"] for entry in groups["dev"] if isinstance(entry, dict)]
+    return own + [text for name in included for text in groups[name]]
+
+
 def bounds(requirements: list[str]) -> dict[str, str]:
     parsed = [Requirement(text) for text in requirements]
     return {r.name: str(r.specifier) for r in parsed}
@@ -329,8 +337,8 @@ def test_the_conda_environment_asks_for_what_the_project_does():
     extras = table["project"]["optional-dependencies"]
     cupy = bounds(extras["cuda13"])["cupy-cuda13x"]
     needed = bounds(table["project"]["dependencies"]) | bounds(extras["lab"]) | {"cupy": cupy}
-    development = bounds(table["dependency-groups"]["dev"])
-    needed |= {name: development[name] for name in ("nbval", "pytest", "pyyaml", "hypothesis")}
+    in_development = bounds(development())
+    needed |= {name: in_development[name] for name in ("nbval", "pytest", "pyyaml", "hypothesis")}
     needed["python"] = table["project"]["requires-python"]
     for name, specifier in needed.items():
         assert given.get(name) == specifier, name
@@ -341,7 +349,7 @@ def test_bounds_are_lower_bounds():
     table = project()
     extras = table["project"]["optional-dependencies"].values()
     texts = [text for extra in extras for text in extra]
-    for text in [*texts, *table["project"]["dependencies"], *table["dependency-groups"]["dev"]]:
+    for text in [*texts, *table["project"]["dependencies"], *development()]:
         requirement = Requirement(text)
         if requirement.name != "gpuml":
             assert re.fullmatch(r">=[\d.]+", str(requirement.specifier)), text
@@ -358,7 +366,7 @@ def test_the_newest_good_versions_are_kept_and_fit_the_bounds():
             pinned.setdefault(requirement.name, specifier.version)
     assert "://" not in "".join(lines)
     table = project()
-    wanted = table["project"]["dependencies"] + table["dependency-groups"]["dev"]
+    wanted = table["project"]["dependencies"] + development()
     for requirement in map(Requirement, wanted):
         if requirement.name != "gpuml":
             assert requirement.specifier.contains(pinned[requirement.name]), requirement.name

@@ -1,6 +1,6 @@
 """Exercises of the course, and the check of an answer: what is wrong with it, and a hint at why.
 
-Answers run in this process, with limits of time and of memory; see :mod:`gpuml.exercises.bounds`
+Answers run in this process, with limits of time and of memory; see ``bounds.py``
 for what these can stop.
 """
 
