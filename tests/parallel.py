@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,7 @@ except ImportError:  # Windows
     fcntl = None
 
 MOST = 4  # processes: each holds a good half of a GiB, and a notebook's kernel besides
+LONG = ("test_nbgrader.py", "test_copies.py")  # few tests, but long ones
 IN_ONE = ("usepdb", "trace", "collectonly", "keyword", "lf", "stepwise")
 IN_ONE += ("showfixtures", "show_fixtures_per_test", "setupplan")
 THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
@@ -53,12 +55,17 @@ def is_shared_out(config: pytest.Config) -> bool:
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
     """Before pytest-xdist reads its options: set them."""
-    n = min(cores(), MOST)
-    if n < 2 or not is_shared_out(config):
+    option = config.option
+    if is_shared_out(config) and cores() > 1:
+        option.numprocesses = min(cores(), MOST)
+    if is_worker(config) or not getattr(option, "numprocesses", None):
         return
-    config.option.numprocesses, config.option.dist = n, "loadfile"  # a notebook is a file too
-    for name in THREADS:
-        os.environ.setdefault(name, str(cores() // n))
+    if option.dist == "no" and not option.distload:
+        option.dist = "loadfile"  # a notebook is a file too
+        option.loadscopereorder = False  # but as below
+    if isinstance(option.numprocesses, int):
+        for name in THREADS:
+            os.environ.setdefault(name, str(max(1, cores() // option.numprocesses)))
 
 
 class Turns:
@@ -84,6 +91,18 @@ class Turns:
         finally:
             fcntl.flock(self.room, fcntl.LOCK_UN)
             fcntl.flock(self.door, fcntl.LOCK_UN)
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Files that take long come first, so that all processes are done at about one time."""
+        files = [item.nodeid.split("::")[0] for item in items]
+        sizes = Counter(files)
+
+        def place(file: str) -> tuple[bool, bool, int]:
+            return not file.endswith(LONG), not file.endswith(".ipynb"), -sizes[file]
+
+        order = sorted(range(len(items)), key=lambda i: place(files[i]))
+        items[:] = [items[i] for i in order]
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_protocol(self, item: pytest.Item):

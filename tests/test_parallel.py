@@ -101,6 +101,12 @@ def test_later(slow):
 INI = "[pytest]\naddopts = --doctest-modules\nmarkers = alone: alone\n"
 
 
+@pytest.fixture(autouse=True)
+def _number_of_threads_is_put_back(monkeypatch):
+    for name in parallel.THREADS:
+        monkeypatch.setenv(name, "said")
+
+
 @pytest.fixture
 def suite(tmp_path, monkeypatch):
     """Run pytest in a folder of its own, on the files of a small suite."""
@@ -257,20 +263,39 @@ def test_a_plain_call_is_shared_out(suite):
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 64])
-def test_processes_and_threads_share_the_cores(n, monkeypatch):
+def test_processes_and_threads_share_the_cores(n, monkeypatch, pytester):
     monkeypatch.setattr(parallel, "cores", lambda: n)
-    for name in parallel.THREADS:
-        monkeypatch.setenv(name, "to be put back")
-    os.environ.pop("OMP_NUM_THREADS")
-    option = dict.fromkeys(("numprocesses", "tx", "capture"), None) | {"dist": "no"}
-    here = SimpleNamespace(dir=Path(__file__).parent)
-    config = SimpleNamespace(
-        option=SimpleNamespace(**option), args=["attacks"], invocation_params=here
-    )
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    pytester.mkdir("tests")
+    config = pytester.parseconfig("tests")
     parallel.pytest_cmdline_main(config)
     assert config.option.numprocesses == {1: None, 2: 2, 3: 3, 64: 4}[n]
+    assert config.option.dist == ("no" if n == 1 else "loadfile")
     assert os.environ.get("OMP_NUM_THREADS") == {1: None, 2: "1", 3: "1", 64: "16"}[n]
-    assert os.environ["OPENBLAS_NUM_THREADS"] == "to be put back", "who has said it, has said it"
+    assert os.environ["OPENBLAS_NUM_THREADS"] == "said", "who has said it, has said it"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "dist"),
+    [
+        (["-n", "12"], "loadfile"),
+        (["-n", "0"], "no"),
+        (["-n", "2", "--dist", "loadscope"], "loadscope"),
+        (["-n", "2", "-d"], "no"),  # pytest-xdist makes it "load"
+    ],
+)
+def test_no_notebook_is_torn_apart(pytester, arguments, dist):
+    config = pytester.parseconfig(*arguments)
+    parallel.pytest_cmdline_main(config)
+    assert config.option.dist == dist
+
+
+def test_what_takes_long_begins_first(tmp_path):
+    names = ["a.py::c", "b.ipynb::Cell 1", "b.ipynb::Cell 0", "c.py::b", "c.py::a[::]"]
+    names.append("tests/test_nbgrader.py::x")
+    items = [SimpleNamespace(nodeid=name) for name in names]
+    parallel.Turns(tmp_path).pytest_collection_modifyitems(items)
+    assert [item.nodeid for item in items] == [names[i] for i in (5, 1, 2, 3, 4, 0)]
 
 
 def test_no_name_of_a_test_has_an_address_in_it(request):
