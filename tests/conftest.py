@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from parallel import pytest_cmdline_main, pytest_configure  # noqa: F401  (pytest calls them)
 
 import gpuml
 from gpuml.devices import Device

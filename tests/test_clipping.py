@@ -94,6 +94,9 @@ def test_parts_of_a_streamed_batch_are_clipped_together(device, rng, tmp_path):
 class Odd:
     """An optimizer of one's own."""
 
+    def __repr__(self):
+        return "Odd()"
+
     def init(self, parameters):
         zeros = parameters.zeros_like().flat
         return {"learning_rate": zeros[:1] + 0.1, "last": zeros}

@@ -338,7 +338,8 @@ def test_the_conda_environment_asks_for_what_the_project_does():
     cupy = bounds(extras["cuda13"])["cupy-cuda13x"]
     needed = bounds(table["project"]["dependencies"]) | bounds(extras["lab"]) | {"cupy": cupy}
     in_development = bounds(development())
-    needed |= {name: in_development[name] for name in ("nbval", "pytest", "pyyaml", "hypothesis")}
+    tools = "nbval", "pytest", "pytest-xdist", "pyyaml", "hypothesis"
+    needed |= {name: in_development[name] for name in tools}
     needed["python"] = table["project"]["requires-python"]
     for name, specifier in needed.items():
         assert given.get(name) == specifier, name
