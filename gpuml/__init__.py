@@ -6,6 +6,7 @@
 3.0
 """
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -198,3 +199,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return [*__all__, "__version__"]
+
+
+if "MPI_LOCALRANKID" in os.environ:  # a rank, whose end the others have to hear of
+    import_module("gpuml.distributed")

@@ -376,7 +376,8 @@ def _by_ranks(
             part[...] = 0
         else:
             corner, n_cores = (rows.start, columns.start), communicator.n_threads
-            work = _Work(*mine, part, options.precision, where, journal, corner, n_cores)
+            tell = gathered.note if gathered else None
+            work = _Work(*mine, part, options.precision, where, journal, corner, n_cores, tell)
             report = _share_computed(work, plan, options, communicator)
         communicator.gather(None)  # all are done
         if journal:
@@ -634,8 +635,9 @@ class _Work:
     precision: Precision | None
     device: Device
     journal: Journal | None
-    corner: tuple[int, int] = (0, 0)  # of the journal's array, at which `out` begins
+    corner: tuple[int, int] = (0, 0)  # of the whole result, at which `out` begins
     n_cores: int | None = None  # all unless given
+    tell: Callable[[Tile], None] | None = None  # of tiles of the whole result
     bar: _ProgressBar = field(init=False)
     finished: list[Tile] = field(default_factory=list)
 
@@ -646,6 +648,8 @@ class _Work:
             self.journal.add(_moved(tile, *self.corner))
         else:
             drop_pages(self.out[tile[0] : tile[1], tile[2] : tile[3]])
+        if self.tell:
+            self.tell(_moved(tile, *self.corner))
         self.bar.tell(len(self.finished))
 
     def steps(self, plan: BlockPlan) -> list[Step]:

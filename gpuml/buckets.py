@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from gpuml import gpu_layers
@@ -34,6 +34,10 @@ class Buckets(Parameters):
     apart : bool
         Whether gradients of the ranks may stay apart, to be added by who uses them: they are
         fetched by copies then, where GPUs can do so.
+    follow : callable, optional
+        Called on a GPU with the number of a bucket whose sums are there in the current stream, to
+        queue what does not wait for the rest of the backward pass. It is for models that need no
+        parameter any more, of which gradients are written, once they have written others.
 
     Attributes
     ----------
@@ -56,6 +60,7 @@ class Buckets(Parameters):
         bucket_bytes: int = BUCKET_BYTES,
         *,
         apart: bool = False,
+        follow: Callable[[int], None] | None = None,
     ) -> None:
         device = device_of(parameters.flat)
         n, dtype = parameters.flat.size + 1, parameters.flat.dtype
@@ -72,6 +77,7 @@ class Buckets(Parameters):
         super().__init__(self.sums[:-1], parameters.shapes)
         self._communicator = communicator
         self._stream: Any = None
+        self._follow, self._followed = follow, 0  # buckets, from the first on
         self._mean = self.under_way = False
         on_gpu = device.kind == "gpu"
         # A CPU has nobody to carry messages while it computes.
@@ -83,9 +89,9 @@ class Buckets(Parameters):
         self._missing: list[int] = []  # of each bucket; empty unless sums are wanted
         if on_gpu:
             cuda = device.xp.cuda
-            self._stream = _urgent_stream(cuda)
-            self._written, self._added = (
-                [cuda.Event(disable_timing=True) for _ in names] for _ in range(2)
+            self._stream, self._beside = _urgent_stream(cuda), cuda.Stream(non_blocking=True)
+            self._written, self._added, self._free = (
+                [cuda.Event(disable_timing=True) for _ in names] for _ in range(3)
             )
 
     def make_free(self) -> None:
@@ -100,13 +106,15 @@ class Buckets(Parameters):
         if self._peers is not None:
             self.divisor = self._communicator.world_size if mean else 1
         self.sums[-1:] = loss
-        self._mean = mean
+        self._mean, self._followed = mean, 0
         self._missing = list(self._sizes)
 
     def written(self, *names: str) -> None:
         """Say that gradients are complete."""
         if not self._missing or self._stream is None:
             return
+        if self._follow is not None:
+            self._let_follow(self._follow)
         for name in names:
             bucket = self._bucket_of.get(name)
             if bucket is not None:
@@ -115,7 +123,10 @@ class Buckets(Parameters):
                     self._send(bucket)
 
     def added(self) -> Iterator[int]:
-        """Yield the number of each bucket once work queued from then on sees its sums."""
+        """Yield the number of each bucket once work queued from then on sees its sums.
+
+        Those that were followed are left out.
+        """
         if self._stream is None:
             self._communicator.all_reduce(self.sums, mean=self._mean)
             self._missing = []
@@ -130,9 +141,23 @@ class Buckets(Parameters):
             self._stream.record(self._added[-1])  # a capture has to end with it
         compute = self._current()
         self.under_way = True
-        for bucket, event in enumerate(self._added):
-            compute.wait_event(event)
+        for bucket in range(self._followed, len(self.slices)):
+            compute.wait_event(self._added[bucket])
             yield bucket
+        if self._followed:
+            self._beside.record(self._free[-1])
+            compute.wait_event(self._free[-1])
+
+    def _let_follow(self, follow: Callable[[int], None]) -> None:
+        """Queue what follows the buckets that are on their way, beside the backward pass."""
+        while self._followed < len(self.slices) - 1 and not self._missing[self._followed]:
+            bucket = self._followed
+            self._current().record(self._free[bucket])
+            self._beside.wait_event(self._free[bucket])
+            self._beside.wait_event(self._added[bucket])
+            with self._beside:
+                follow(bucket)
+            self._followed += 1
 
     def _send(self, bucket: int) -> None:
         self._missing[bucket] = 0

@@ -187,7 +187,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RunError as error:
         return _complain(error, FAILED)
     except MemoryError as error:
-        return _complain(f"not enough memory: {error}", FAILED)
+        from gpuml.errors import answered
+
+        return _complain(f"not enough memory: {error}. {answered('memory')}", FAILED)
     except KeyboardInterrupt as error:
         return _complain(str(error) or "stopped by Ctrl-C: nothing saved", INTERRUPTED)
     except OSError as error:
@@ -397,7 +399,9 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
     )
     lab.add_argument("folder", metavar="DIR", nargs="?", default=COURSE, help=f"({COURSE})")
     for command in (notebooks, lab):
-        command.add_argument("--teacher", action="store_true", help="with solutions (off)")
+        command.add_argument(
+            "--teacher", action="store_true", help="with solutions and the teacher's page (off)"
+        )
         command.add_argument(
             "--overwrite", action="store_true", help="replace what you have changed (off)"
         )
@@ -474,7 +478,8 @@ def _finding_faults() -> Iterator[None]:
     try:
         yield
     except (GpumlError, ValueError, OSError) as error:
-        raise CallError(error) from None
+        notes = getattr(error, "__notes__", ())
+        raise CallError(". ".join([str(error), *notes])) from None
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from gpuml.model_files import file_sha256, replacing
 from gpuml.plain_files import parse_json
 
 STUB = "# YOUR CODE HERE\nraise NotImplementedError()"  # what nbgrader writes for Python
+TEACHERS_PAGE = "README.md"
 KEPT_SUMS = ".gpuml.json"  # in the folder: the SHA-256 of each file as it was written
 MOST_SUMS = 2**20  # bytes
 
@@ -42,7 +43,7 @@ class Copied:
 def copy_course(
     folder: str | os.PathLike[str], *, teacher: bool = False, overwrite: bool = False
 ) -> Copied:
-    """Put the notebooks and the exercises into a folder.
+    """Put the notebooks and the exercises into a folder; for teachers, their page as well.
 
     A file that is in the way is left alone, unless it is as this function wrote it.
 
@@ -51,7 +52,7 @@ def copy_course(
     folder : path
         Made if it does not exist.
     teacher : bool
-        Whether the exercises keep their solutions.
+        Whether the exercises keep their solutions, and the teacher's page is there.
     overwrite : bool
         Whether files that the reader has changed are replaced, too.
 
@@ -99,7 +100,7 @@ def course_files(*, teacher: bool = False) -> dict[str, bytes]:
     Parameters
     ----------
     teacher : bool
-        Whether the exercises keep their solutions.
+        Whether the exercises keep their solutions, and the teacher's page is there.
 
     Raises
     ------
@@ -108,6 +109,7 @@ def course_files(*, teacher: bool = False) -> dict[str, bytes]:
     """
     home = course_home()
     paths = [*sorted(home.glob("[0-9][0-9]_*.ipynb")), *sorted(home.glob("exercises/*.ipynb"))]
+    paths += [home / TEACHERS_PAGE] if teacher else []
     files = {}
     for path in paths:
         content, name = path.read_bytes(), path.relative_to(home).as_posix()

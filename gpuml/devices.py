@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeAlias
 
 import numpy as np
 
-from gpuml.errors import DeviceError
+from gpuml.errors import DeviceError, answered, note_lack_of_memory
 
 Array: TypeAlias = Any  # numpy.ndarray or cupy.ndarray: the two share no common type
 
@@ -90,10 +90,14 @@ class Device:
         numpy.ndarray or cupy.ndarray
             `a` itself where it is already here with the right type.
         """
-        if self.kind == "cpu":
-            return np.asarray(to_host(a), dtype=dtype)
-        with self.use():
-            return _cupy().asarray(a, dtype=dtype)
+        try:
+            if self.kind == "cpu":
+                return np.asarray(to_host(a), dtype=dtype)
+            with self.use():
+                return _cupy().asarray(a, dtype=dtype)
+        except MemoryError as error:
+            note_lack_of_memory(error)
+            raise
 
     def synchronize(self) -> None:
         """Wait until all work queued on the device is done (the CPU never queues any)."""
@@ -104,14 +108,17 @@ class Device:
     def memory(self) -> tuple[int | None, int | None]:
         """Return free and total memory in bytes (None where the system does not say).
 
-        On a GPU, memory that CuPy's pool holds but no array uses counts as free.
+        On a GPU, memory that CuPy's pool holds but no array uses counts as free, and no more
+        than the limit of the pool leaves, where ``CUPY_GPU_MEMORY_LIMIT`` has set one.
         """
         if self.kind == "cpu":
             return _host_memory()
         cupy = _cupy()
         with self.use():
             free, total = cupy.cuda.runtime.memGetInfo()
-            return free + cupy.get_default_memory_pool().free_bytes(), total
+            pool = cupy.get_default_memory_pool()
+            free, limit = free + pool.free_bytes(), pool.get_limit()
+            return min(free, max(0, limit - pool.used_bytes())) if limit else free, total
 
     def __str__(self) -> str:
         """Return name, memory and library: ``NVIDIA H200, 140 GiB, CuPy 14.2.0, CUDA 13.2``."""
@@ -175,7 +182,10 @@ def get_device(name: str | Device | None = None) -> Device:
         raise ValueError(f"unknown device '{text}': expected auto, cpu, gpu, or gpu:1, gpu:2, …")
     problem = _gpu_problem(int(index or 0))
     if problem:
-        raise DeviceError(f"{text} does not answer: {problem}. What to do: gpuml doctor")
+        error = DeviceError(f"{text} does not answer: {problem}. What to do: gpuml doctor")
+        if problem.startswith("CuPy"):
+            error.add_note(answered("wheel"))
+        raise error
     return Device("gpu", int(index) if index else _own_gpu())
 
 

@@ -42,6 +42,7 @@ from gpuml.peer_copies import MOST_RANKS, PeerCopies
 WORLD_SIZES = "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
 PMI_LINE = "PMI_FD"  # the number of an open socket
 PMIX_RANK, SLURM_SIZE = "PMIX_RANK", "SLURM_STEP_NUM_TASKS"
+MPICH_RANK = "MPI_LOCALRANKID"  # on its host; told by MPICH's mpiexec only
 MARK = "GPUML_RANK"  # its process, for the processes that a rank starts
 
 # Seconds that other ranks wait with an error which the first one may have as well.
@@ -155,6 +156,7 @@ class MpiRanks:
         self._mpi, self._comm, self._asking = MPI, comm.Dup(), comm.Dup()
         self.rank, self.world_size = int(comm.rank), int(comm.size)
         self._process, self._farewell = os.getpid(), Path(os.devnull)
+        self._parted = False
         self._nccl: Nccl | None = None  # when the first array of a GPU comes
         self._peers: PeerCopies | Literal[False] | None = None
         here = comm.Split_type(MPI.COMM_TYPE_SHARED)
@@ -243,8 +245,9 @@ class MpiRanks:
 
         Python is about to end this process, for whatever reason, and MPI would wait in silence.
         """
-        if os.getpid() != self._process:  # a child, made by os.fork
+        if self._parted or os.getpid() != self._process:  # a child, made by os.fork
             return
+        self._parted = True
         if not self._mpi.Is_finalized():
             with suppress(ValueError):  # in another thread than the first
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -345,7 +348,7 @@ def launched_size() -> int:
         sizes = [os.environ.get(SLURM_SIZE, "")]
     n = max([int(size) for size in sizes if size.isdecimal()], default=1)
     line = os.environ.get(PMI_LINE, "")
-    if n == 1 or not line.isdecimal() or _is_socket(int(line)):
+    if n == 1 or not line.isdecimal() or _is_socket(line):
         return n
     if MARK in os.environ:
         return 1
@@ -357,10 +360,10 @@ def launched_size() -> int:
     )
 
 
-def _is_socket(number: int) -> bool:
+def _is_socket(number: str) -> bool:
     try:
-        return stat.S_ISSOCK(os.fstat(number).st_mode)
-    except OSError:
+        return stat.S_ISSOCK(os.fstat(int(number)).st_mode)
+    except (OSError, ValueError):
         return False
 
 
@@ -457,6 +460,46 @@ def _end_all_with_one(found: MpiRanks) -> None:
             before(kind, error, trace)
 
     sys.excepthook = hook
+
+
+def _stand_by() -> None:
+    """Let the others not wait for this process forever, should it end before it asks for them.
+
+    MPICH's mpiexec does not end them, unless it is a signal that ends one.
+    """
+    before, process = sys.excepthook, os.getpid()
+
+    def alone() -> bool:
+        return os.getpid() == process and not ranks.cache_info().currsize
+
+    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not alone() or issubclass(kind, KeyboardInterrupt):
+            before(kind, error, trace)
+            return
+        rank = os.environ.get("PMI_RANK", "?")
+        if rank != "0":  # what ails all of them, the first one says
+            time.sleep(HEAD_START)
+        before(kind, error, trace)
+        sys.stdout.flush()
+        print(f"gpuml: rank {rank} failed by itself: all ranks end", file=sys.stderr, flush=True)
+        time.sleep(PASSING_ON)
+        os.kill(process, signal.SIGTERM)
+
+    def join() -> None:
+        if alone() and "mpi4py.MPI" not in sys.modules:  # else MPI is somebody else's business
+            with suppress(DistributedError):
+                ranks().part()  # type: ignore[attr-defined]
+
+    sys.excepthook = hook
+    atexit.register(join)
+
+
+if (
+    MPICH_RANK in os.environ
+    and os.environ.get("PMI_SIZE", "1") != "1"
+    and _is_socket(os.environ.get(PMI_LINE, ""))
+):
+    _stand_by()
 
 
 class HeldBack:

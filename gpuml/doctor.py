@@ -20,6 +20,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from gpuml.errors import answered
+
 LITTLE_MEMORY = 512 * 2**20  # bytes; a CUDA context and cuBLAS's workspace take much of it
 
 NVIDIA, AMD = "NVIDIA", "AMD"
@@ -45,6 +47,15 @@ _RESTART = (
     "If a driver is installed already, nvidia-smi says what is wrong with it. After an "
     "update of the driver or the kernel, restart the machine."
 )
+_ANSWERED = {  # by the case: questions of the course
+    "ok-gpu": ("slower", "first_call"),
+    "little-memory": ("memory", "freed"),
+    "cupy-missing": ("wheel",),
+    "driver-too-old": ("wheel",),
+    "two-cupys": ("wheel",),
+    "libraries-missing": ("wheel",),
+    "cupy-broken": ("wheel",),
+}
 _BUILT_IN = "ROCm knows few of the GPUs built into processors; without it the CPU computes."
 _RIGHTS = "ROCm needs the right to open /dev/kfd: sudo usermod -aG render,video $USER"
 
@@ -268,7 +279,9 @@ def doctor(system: System | None = None) -> Diagnosis:
     answers = _Answers(system or System())
     found = _case(answers)
     facts = _facts(answers, found.ok)
-    return replace(_with_forced_device(answers, found), facts=facts)
+    found = _with_forced_device(answers, found)
+    more = (answered(*_ANSWERED[found.case]),) if found.case in _ANSWERED else ()
+    return replace(found, notes=(*found.notes, *more), facts=facts)
 
 
 class _Answers:

@@ -1,9 +1,22 @@
-"""The errors that gpuml raises on purpose, and the nearest known name for a misspelt one."""
+"""The errors that gpuml raises on purpose, where the course answers them, and misspelt names."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+# The questions of notebook 11, its headings, to which errors and the doctor refer.
+QUESTIONS = {
+    "slower": "Why is my GPU slower?",
+    "freed": "Why is memory not freed?",
+    "memory": "Out of memory: what now?",
+    "differ": "Why do numbers differ a little?",
+    "wheel": "Which wheel?",
+    "synchronize": "Do I need to synchronize?",
+    "precision": "float32 or float64?",
+    "first_call": "Why does the first call take a second?",
+}
 
 MOST_COMPARED, MOST_NAMED = 1000, 30  # names, in a message about an unknown one
 
@@ -21,7 +34,11 @@ class DeviceError(GpumlError, RuntimeError):
 
 
 class DeviceMemoryError(GpumlError, MemoryError):
-    """The memory of a device does not suffice."""
+    """The memory of a device does not suffice; a note says where the course answers that."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        note_lack_of_memory(self)
 
 
 class DataError(GpumlError, ValueError):
@@ -34,6 +51,39 @@ class CheckpointError(DataError):
 
 class ModelFileError(GpumlError, ValueError):
     """A model file is damaged, truncated, foreign, or does not describe a model."""
+
+
+def answered(*questions: str) -> str:
+    """Say where the course answers these questions, and how to get it.
+
+    Parameters
+    ----------
+    *questions : str
+        Keys of `QUESTIONS`.
+
+    Examples
+    --------
+    >>> answered("wheel")
+    'More: notebook 11, "Which wheel?" (gpuml notebooks DIR)'
+    """
+    named = ", ".join(f'"{QUESTIONS[question]}"' for question in questions)
+    return f"More: notebook 11, {named} (gpuml notebooks DIR)"
+
+
+def note_lack_of_memory(error: MemoryError) -> None:
+    """Add, once, where the course says what to do; also to errors of NumPy, CuPy and Python."""
+    if answered("memory") not in getattr(error, "__notes__", ()):
+        error.add_note(answered("memory"))
+
+
+@contextmanager
+def noting_memory_errors() -> Iterator[None]:
+    """Do that for what is raised inside a ``with`` block."""
+    try:
+        yield
+    except MemoryError as error:
+        note_lack_of_memory(error)
+        raise
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:

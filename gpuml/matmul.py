@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 
 from gpuml.devices import Array, array_module, device_of
-from gpuml.errors import unknown_name
+from gpuml.errors import note_lack_of_memory, unknown_name
 from gpuml.kernels import load_kernel
 from gpuml.memory_maps import check_length, overlap
 
@@ -183,10 +183,14 @@ def batched_matmul(
     (5, 7, 2, 4)
     """
     xp = array_module(a, b) if out is None else array_module(a, b, out)
-    if xp is not np:
-        with device_of(a).use():
-            return _batched_matmul(xp, a, b, out, precision)
-    return _batched_matmul(xp, a, b, out, precision)
+    try:
+        if xp is not np:
+            with device_of(a).use():
+                return _batched_matmul(xp, a, b, out, precision)
+        return _batched_matmul(xp, a, b, out, precision)
+    except MemoryError as error:
+        note_lack_of_memory(error)
+        raise
 
 
 def _batched_matmul(

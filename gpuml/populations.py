@@ -21,7 +21,7 @@ import numpy as np
 from gpuml.batches import ArrayBatches
 from gpuml.blocking import parse_size, size_text
 from gpuml.devices import CPU, Array, array_module, blas_threads, device_of, to_host
-from gpuml.errors import DeviceMemoryError, unknown_name
+from gpuml.errors import DeviceMemoryError, noting_memory_errors, unknown_name
 from gpuml.faults import cause_in_data
 from gpuml.history import SCORES, SHOWN_ROWS, History, aligned, html_table, number_text
 from gpuml.losses import Loss, get_loss, softmax_cross_entropy
@@ -731,7 +731,7 @@ class Plan:
     def training(self) -> Iterator[tuple[Task, Results]]:
         """Bring data and results to the device; turn Ctrl-C into an error that has the results."""
         model = self.model
-        with model.device.use(), np.errstate(all="ignore"):
+        with model.device.use(), np.errstate(all="ignore"), noting_memory_errors():
             self._task = self._make_task()
             self._results = self._make_results()
             try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import math
 import mmap
 import os
 import secrets
@@ -38,6 +39,8 @@ MESSAGE_BYTES = 64 * 2**20
 LOOKS, PAUSE = 5, 0.2  # network file systems may show a new file late; seconds
 TOKEN_BYTES = 16
 PIECE_BYTES, TAKERS, POPULATE_WRITE = 16 * 2**20, 4, 23  # the last is Linux's number
+MOST_NOTED = 1023  # finished tiles of a rank; of more than these nothing is known
+FOLLOWED = 0.01  # seconds between two looks for tiles that others have finished
 
 # File systems that keep what several hosts have mapped alike, page for page. On the others, NFS
 # among them, a host writes back whole pages, with what it has not seen of other hosts' rows.
@@ -272,7 +275,8 @@ def _type_of(path: Path) -> str:
 class OnFirst:
     """The place of a result that rank 0 gets, and the way of the other ranks' parts to it.
 
-    On one Linux host all ranks write to the same memory; else the parts are sent.
+    On one Linux host all ranks write to the same memory; else the parts are sent. If rank 0 wants
+    the result in memory of its own, it copies what others have finished while it computes.
 
     Parameters
     ----------
@@ -292,10 +296,17 @@ class OnFirst:
     ) -> None:
         self._ranks, self._out = communicator, out
         self._shape, self._dtype = shape, dtype
-        memory = shared_memory(communicator, shape[0] * shape[1] * dtype.itemsize)
+        size = -(-shape[0] * shape[1] * dtype.itemsize // 8) * 8
+        notes = communicator.world_size, 1 + MOST_NOTED, 4
+        memory = shared_memory(communicator, size + 8 * math.prod(notes))
         self._shared = None if memory is None else np.ndarray(shape, dtype, memory)
+        # Of each rank: the number of finished tiles, then their edges.
+        self._notes = None if memory is None else np.ndarray(notes, np.int64, memory, size)
         if communicator.rank == 0 and out is None:
             self._out = np.empty(shape, dtype) if self._shared is None else self._shared
+        self._follower: _Follower | None = None
+        if communicator.rank == 0 and self._shared is not None and self._out is not self._shared:
+            self._follower = _Follower(self._out, self._shared, self._notes, communicator.n_threads)
 
     def part(self, rows: slice, columns: slice) -> Array:
         """Return where this rank has to write its part."""
@@ -309,14 +320,25 @@ class OnFirst:
             return self._out[rows, columns]
         return np.empty((rows.stop - rows.start, columns.stop - columns.start), self._dtype)
 
+    def note(self, tile: tuple[int, int, int, int]) -> None:
+        """Note that these rows and columns of the result, from and to, are finished."""
+        if self._notes is None or self._ranks.rank == 0:
+            return
+        notes = self._notes[self._ranks.rank]
+        n = int(notes[0, 0])
+        if n < MOST_NOTED:
+            notes[1 + n] = tile
+            notes[0, 0] = n + 1  # as the last: now it can be read
+
     def bring(self, part: Array, rows: slice, columns: slice) -> Array | None:
         """Bring together what the ranks have written, when all are done; return it on rank 0."""
         first = self._ranks.rank == 0
         edges = [rows.start, rows.stop, columns.start, columns.stop]
         others = self._ranks.gather(edges)[1:]  # by then all have written
+        missing = self._follower.finish() if self._follower is not None else ()
         for rank, (top, bottom, left, right) in enumerate(others, 1):
             place = slice(top, bottom), slice(left, right)
-            if first and self._shared is not None and self._shared is not self._out:
+            if rank in missing:
                 _copy(self._out[place], self._shared[place], self._ranks.n_threads)  # type: ignore[index]
             elif first and self._shared is None:
                 target = self._out[place]  # type: ignore[index]
@@ -328,6 +350,48 @@ class OnFirst:
                 for piece in _pieces(part):
                     self._ranks.send(np.ascontiguousarray(part[piece]), 0)
         return self._out if first else None
+
+
+class _Follower(threading.Thread):
+    """Copies to rank 0 what other ranks finish, while all compute.
+
+    Parameters
+    ----------
+    out, shared : numpy.ndarray of shape (M, N)
+        Where to, and where the others write.
+    notes : numpy.ndarray of shape (n_ranks, 1 + MOST_NOTED, 4)
+        Of each rank the number of tiles that it has finished, then their edges.
+    n_threads : int
+        How many copy once nobody computes any more.
+    """
+
+    def __init__(self, out: Array, shared: Array, notes: Array, n_threads: int) -> None:
+        super().__init__(daemon=True)
+        self._out, self._shared, self._notes = out, shared, notes
+        self._n_threads, self._n_copied = n_threads, [0] * len(notes)
+        self._all_done, self._failed = threading.Event(), True
+        self.start()
+
+    def run(self) -> None:
+        """Look for finished tiles, until all have finished."""
+        last = False
+        while not last:
+            last = self._all_done.wait(FOLLOWED)
+            for rank, notes in enumerate(self._notes):
+                n = int(notes[0, 0])
+                for top, bottom, left, right in notes[1 + self._n_copied[rank] : 1 + n]:
+                    place = slice(top, bottom), slice(left, right)
+                    n_threads = self._n_threads if self._all_done.is_set() else 1
+                    _copy(self._out[place], self._shared[place], n_threads)
+                self._n_copied[rank] = n
+        self._failed = False
+
+    def finish(self) -> list[int]:
+        """Copy the rest; return the ranks of which more may be left than they have noted."""
+        self._all_done.set()
+        self.join()
+        enough = () if self._failed else range(1, MOST_NOTED)
+        return [rank for rank, n in enumerate(self._n_copied) if n not in enough]
 
 
 def _pieces(x: Array) -> Iterator[tuple[slice, slice]]:

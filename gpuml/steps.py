@@ -233,7 +233,7 @@ class RankStep(EagerStep):
     """The same work, each rank on its rows of a batch; gradients are added up over all ranks.
 
     On GPUs they are added up in buckets, while the backward pass goes on, and parameters follow
-    as their sums arrive.
+    as their sums arrive, a perceptron's beside it.
 
     Parameters
     ----------
@@ -274,7 +274,24 @@ class RankStep(EagerStep):
         return self.clip_norm is not None or type(self._optimizer) not in OPTIMIZERS.values()
 
     def _make_gradients(self) -> Buckets:
-        return Buckets(self._model.parameters, self._communicator, apart=not self._at_once)
+        apart = not self._at_once
+        # A perceptron is done with a layer's weights before it writes the next gradient.
+        follow = self._move if apart and type(self._model) is MLP else None
+        return Buckets(self._model.parameters, self._communicator, apart=apart, follow=follow)
+
+    def _begin(self, loss: Array, *, mean: bool = False) -> None:
+        """Note the loss; from now on the parameters may follow the gradients."""
+        self._gradients.begin(loss, mean=mean)
+        if self._at_once:
+            return
+        if not self._pieces:  # now, since rounded parameters are made with the first step
+            self._pieces = [self._piece(part) for part in self._gradients.slices]
+        self._optimizer.advance(self.state)  # type: ignore[attr-defined]
+
+    def _move(self, bucket: int) -> None:
+        """Move the parameters of a bucket whose sums are there."""
+        divisor = self._gradients.divisor
+        self._optimizer.move(*self._pieces[bucket], divisor)  # type: ignore[attr-defined]
 
     def __call__(self, x: Array, y: Array, n_rows: int | None = None) -> Array:
         """Take a step on this rank's rows of a batch, which has so many on all ranks."""
@@ -283,18 +300,18 @@ class RankStep(EagerStep):
         weight = 1 if alike else len(x) / n_rows
         sums = self._gradients.sums
         if not len(x):
-            self._gradients.begin(sums[-1], mean=alike)
+            self._begin(sums[-1], mean=alike)
             sums[...] = 0
         elif self._read_once or self._on_cpu is not None:
             self._gradients.make_free()
             value = self._gradient(x, y)
-            self._gradients.begin(value, mean=alike)
+            self._begin(value, mean=alike)
             if not alike:
                 sums *= weight
         else:
             predictions, backward = self._forward(x)
             value, d_predictions = self._loss(predictions, y)
-            self._gradients.begin(value if alike else value * weight, mean=alike)
+            self._begin(value if alike else value * weight, mean=alike)
             backward(d_predictions if alike else d_predictions * weight, self._gradients)
         return self._update()
 
@@ -311,16 +328,13 @@ class RankStep(EagerStep):
 
     def _update(self) -> Array:
         """Follow the gradients as their sums over all ranks arrive; return the loss."""
-        optimizer, gradients = self._optimizer, self._gradients
+        gradients = self._gradients
         if self._at_once:
             list(gradients.added())
             self._update_by(gradients)
-            return gradients.loss()
-        if not self._pieces:  # now, since rounded parameters are made with the first step
-            self._pieces = [self._piece(part) for part in gradients.slices]
-        optimizer.advance(self.state)  # type: ignore[attr-defined]
-        for bucket in gradients.added():
-            optimizer.move(*self._pieces[bucket], gradients.divisor)  # type: ignore[attr-defined]
+        else:
+            for bucket in gradients.added():
+                self._move(bucket)
         return gradients.loss()
 
     def _piece(self, part: slice) -> tuple[Parameters, list[Array], State]:
@@ -331,7 +345,7 @@ class RankStep(EagerStep):
         return part_of(self._parameters, part), addends, state
 
     def _update_by_total(self) -> Array:
-        self._gradients.begin(self._total_loss)
+        self._begin(self._total_loss)
         self._gradients.flat[...] = self._total.flat
         return self._update()
 

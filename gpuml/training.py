@@ -45,7 +45,7 @@ from gpuml.distributed import (
     ranks,
     share_of,
 )
-from gpuml.errors import DataError, GpumlError
+from gpuml.errors import DataError, GpumlError, noting_memory_errors
 from gpuml.faults import (
     Fault,
     cause_in_data,
@@ -256,7 +256,7 @@ def train(
     limit = None if memory_limit is None else parse_size(memory_limit)
     if limit is not None and validation_data is not None:
         limit = max(1, limit // 2)  # for each of the two
-    with model.device.use():
+    with model.device.use(), noting_memory_errors():
         loss = get_loss(loss or usual_loss(X, y))
         data = source_of(model, X, y, loss, batch_size, limit)
         held_out = None
@@ -919,7 +919,7 @@ def evaluate(
         ``loss``, and with cross entropy ``accuracy``: the share of rows whose largest output is
         that of their label.
     """
-    with model.device.use():
+    with model.device.use(), noting_memory_errors():
         loss = get_loss(loss or usual_loss(X, y))
         data = source_of(model, X, y, loss, EVALUATED_ROWS, None, smaller=True)
         with blas_threads(largest_product(model, data.batch_size)):
@@ -945,12 +945,12 @@ def predict(model: Model, X: Array) -> Array:
     check_numbers("X", X)
     if X.ndim != 2 or 0 in X.shape:
         raise ValueError(f"X has shape {X.shape}, expected (n_samples, n_features), not empty")
-    with blas_threads(largest_product(model, min(len(X), EVALUATED_ROWS))):
+    with blas_threads(largest_product(model, min(len(X), EVALUATED_ROWS))), noting_memory_errors():
         outputs = [
             home.asarray(model(device.asarray(X[start : start + EVALUATED_ROWS], model.dtype)))
             for start in range(0, len(X), EVALUATED_ROWS)
         ]
-    return home.xp.concatenate(outputs)
+        return home.xp.concatenate(outputs)
 
 
 def _evaluate(model: Model, data: Batches, loss: Loss) -> dict[str, float]:

@@ -127,11 +127,31 @@ def test_a_file_that_is_not_what_was_mapped_is_noticed(how, out, tmp_path):
         check_shared(Alone(), out, Places(["one"], True, 1))
 
 
+def test_what_others_finish_is_copied_while_they_compute(rng):
+    shared, out = rng.normal(size=(8, 6)), np.zeros((8, 6))
+    notes = np.zeros((3, 1 + sharing.MOST_NOTED, 4), np.int64)
+    follower = sharing._Follower(out, shared, notes, 2)
+    for rank, tile in ((1, (2, 4, 0, 6)), (2, (5, 8, 0, 2)), (2, (5, 8, 2, 6))):
+        n = notes[rank, 0, 0] + 1
+        notes[rank, n], notes[rank, 0, 0] = tile, n
+        end = time.monotonic() + 10
+        while not (out[tile[0] : tile[1], tile[2] : tile[3]] != 0).all():
+            assert time.monotonic() < end, "it waits for the end"
+            time.sleep(0.001)
+    assert (out[[0, 1, 4]] == 0).all(), "nobody has said that these are finished"
+    copied, shared[2:4] = out[2:4].copy(), 0
+    notes[1, 2], notes[1, 0, 0] = (4, 5, 0, 6), 2  # just before the end
+    assert follower.finish() == [0]  # rank 0 has noted nothing
+    np.testing.assert_array_equal(out[4:], shared[4:])
+    np.testing.assert_array_equal(out[2:4], copied, err_msg="copied twice")
+
+
 # --- by mpiexec --------------------------------------------------------------------------------
 
 PRODUCTS = """
 import os
 import sys
+import threading
 import numpy as np
 import gpuml
 from gpuml import sharing
@@ -144,6 +164,21 @@ if sys.argv[1] == "a rank that may not look":
     if ranks().rank == 1:
         real = sharing.shared_memory
         sharing.shared_memory = lambda communicator, n: real(communicator, 3 * n)
+if sys.argv[1] == "many tiles":
+    sharing.MOST_NOTED = 1
+if sys.argv[1] in ("copies fail", "") and ranks().rank == 0:
+    real_copy = sharing._copy
+
+    def copy(to, source, n_threads):
+        by_main = threading.current_thread() is threading.main_thread()
+        if sys.argv[1] == "":
+            assert not by_main or k == 0 or not source.size, "what is noted is copied on the way"
+        elif not by_main:
+            raise OSError("no copy")
+        real_copy(to, source, n_threads)
+
+    sharing._copy = copy
+    threading.excepthook = lambda _: None
 rng = np.random.default_rng(0)
 first = ranks().rank == 0
 
@@ -219,7 +254,15 @@ if first:
 @needs_mpi
 @pytest.mark.parametrize(
     ("n", "how"),
-    [(2, ""), (3, ""), (4, ""), (3, "by messages"), (2, "a rank that may not look")],
+    [
+        (2, ""),
+        (3, ""),
+        (4, ""),
+        (3, "by messages"),
+        (2, "a rank that may not look"),
+        (3, "many tiles"),
+        (2, "copies fail"),
+    ],
 )
 def test_products_are_right_wherever_the_result_goes(n, how, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -25,6 +25,7 @@ import gpuml
 from gpuml import batches, cli, load_model, training
 from gpuml.devices import Device
 from gpuml.doctor import Diagnosis
+from gpuml.errors import answered
 
 QUICK = ("--epochs", "2", "--hidden", "4")
 # A warning would be printed: it is not quiet.
@@ -537,7 +538,9 @@ def test_too_little_memory_is_a_failed_run(call, monkeypatch):
         raise MemoryError("Unable to allocate 5 TiB")
 
     monkeypatch.setattr(training, "train", greedy)
-    assert call("train") == (1, "", "gpuml: not enough memory: Unable to allocate 5 TiB\n")
+    more = answered("memory")
+    told = f"gpuml: not enough memory: Unable to allocate 5 TiB. {more}\n"
+    assert call("train") == (1, "", told)
     assert not list(Path().iterdir())
 
 

@@ -126,10 +126,19 @@ def test_all_of_the_course_is_copied(tmp_path, capsys):
 def test_teachers_get_the_solutions(tmp_path):
     copy_course(tmp_path, teacher=True)
     assert (tmp_path / EXERCISE).read_bytes() == (HOME / EXERCISE).read_bytes()
+    assert (tmp_path / "README.md").read_bytes() == (HOME / "README.md").read_bytes()
     # and back, since nobody has changed anything
     copied = copy_course(tmp_path)
     assert sorted(copied.written) == [f"exercises/{path.name}" for path in SOURCES]
     assert b"BEGIN SOLUTION" not in (tmp_path / EXERCISE).read_bytes()
+
+
+def test_students_get_no_teachers_page_and_no_file_of_that_name_is_lost(tmp_path):
+    copy_course(tmp_path)
+    assert not (tmp_path / "README.md").exists()
+    (tmp_path / "README.md").write_text("mine")
+    assert copy_course(tmp_path, teacher=True).kept == ["README.md"]
+    assert (tmp_path / "README.md").read_text() == "mine"
 
 
 def test_what_the_reader_has_changed_is_kept(tmp_path, capsys):

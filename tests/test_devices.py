@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import types
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -118,6 +120,32 @@ def test_a_device_describes_itself(device):
     assert f"{total / 2**30:.0f} GiB" in str(device)
     assert library in str(device)
     device.synchronize()
+
+
+@pytest.mark.parametrize(
+    ("limit", "free"), [(0, 90 + 5), (200, 90 + 5), (50, 50 - 20), (20, 0), (10, 0)]
+)
+def test_a_limit_of_the_pool_limits_what_is_free(fake_cupy, limit, free):
+    """20 bytes in use, 5 kept by the pool, 90 of 120 free."""
+    pool = types.SimpleNamespace(
+        free_bytes=lambda: 5, used_bytes=lambda: 20, get_limit=lambda: limit
+    )
+    fake_cupy.get_default_memory_pool = lambda: pool
+    fake_cupy.cuda.Device = lambda index: nullcontext()
+    fake_cupy.cuda.runtime.memGetInfo = lambda: (90, 120)
+    assert Device("gpu").memory() == (free, 120)
+
+
+def test_the_limit_of_cupys_own_pool_counts(device):
+    if device.kind == "cpu":
+        pytest.skip("NumPy has no pool")
+    pool = device.xp.get_default_memory_pool()
+    before = pool.get_limit()
+    try:
+        pool.set_limit(pool.used_bytes() + 2**20)
+        assert device.memory()[0] == 2**20
+    finally:
+        pool.set_limit(before)
 
 
 def n_threads() -> list[int]:

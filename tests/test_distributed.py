@@ -698,6 +698,43 @@ def test_a_rank_that_cannot_go_on_ends_all_of_them_promptly(what, said, tmp_path
     assert "never" not in text
 
 
+UNASKED = """
+import os
+import sys
+import numpy as np
+import gpuml
+
+what, rank = sys.argv[1], os.environ["PMI_RANK"]  # ranks() has not been called
+if rank == "1" or what == "all":
+    if what == "exits":
+        sys.exit("no data here")
+    if what == "ends":
+        sys.exit(0)
+    raise OSError("no such data")
+gpuml.train(gpuml.Linear(2, 1), np.ones((8, 2), np.float32), np.ones((8, 1), np.float32))
+print("never", flush=True)
+"""
+
+
+@needs_mpi
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("raises", "OSError: no such data\ngpuml: rank 1 failed by itself: all ranks end\n"),
+        ("all", "OSError: no such data\ngpuml: rank 0 failed by itself: all ranks end\n"),
+        ("exits", "no data here\n(.*\n)*rank 0 of 2 failed:\n.*rank 1 has ended"),
+        ("ends", "rank 0 of 2 failed:\n.*rank 1 has ended, as by .* and the others go on"),
+    ],
+)
+def test_a_rank_that_fails_before_it_asks_for_the_others_ends_them(what, said):
+    done = run(2, UNASKED, what, timeout=PROMPT)
+    text = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert re.search(said, text), text
+    assert text.count("Traceback") <= 1, text
+    assert "never" not in text
+
+
 STOPPED = """
 import sys
 from pathlib import Path

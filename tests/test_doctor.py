@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from gpuml.doctor import Computation, Diagnosis, System, doctor
+from gpuml.errors import answered
 
 GIB = 2**30
 NVIDIA, AMD, INTEL = "0x10de", "0x1002", "0x8086"
@@ -159,7 +160,7 @@ def test_a_gpu_that_computes():
         "system": "Ubuntu 24.04 LTS",
     }
     assert "NVIDIA H100 80GB HBM3" in found.summary
-    assert not found.notes
+    assert found.notes == (answered("slower", "first_call"),)
 
 
 def test_the_first_of_several_gpus():
@@ -519,6 +520,29 @@ def test_amd_without_the_right_to_the_device():
     check("cupy-broken", *lines, **answers, says=("usermod -aG render,video",))
 
 
+# --- where the course says more
+
+
+@pytest.mark.parametrize(
+    ("answers", "questions"),
+    [
+        (nvidia(), ["wheel"]),
+        (nvidia(distributions=BOTH), ["wheel"]),
+        (nvidia((12, 4), distributions=CUDA_13, compute=failed(NO_DRIVER)), ["wheel"]),
+        (nvidia(distributions=CUDA_13, compute=failed(NO_CUBLAS)), ["wheel"]),
+        (nvidia(distributions=CUDA_13, compute=failed(GLIBCXX)), ["wheel"]),
+        (nvidia(distributions=CUDA_13, compute=computed(2**20)), ["memory", "freed"]),
+        (nvidia(None, distributions=CUDA_13, compute=failed(NO_DRIVER)), []),
+        ({"env": {"GPUML_DEVICE": "gpu"}}, []),
+        ({}, []),
+    ],
+)
+def test_the_notebook_that_answers_is_named_where_it_helps(answers, questions):
+    found = doctor(Answers(**answers))
+    named = [note for note in found.notes if "notebook" in note]
+    assert named == ([answered(*questions)] if questions else []), found.case
+
+
 # --- environment variables
 
 
@@ -544,7 +568,7 @@ def test_forced_device_is_a_note():
     env = {"GPUML_DEVICE": "cpu"}
     answers = nvidia(distributions=CUDA_13, compute=computed())
     found = check("ok-gpu", **answers, env=env, says=("GPUML_DEVICE=cpu is set",))
-    assert len(found.notes) == 1
+    assert len(found.notes) == 2
     check("cupy-missing", INSTALL_13, **nvidia(), env=env, says=("GPUML_DEVICE=cpu is set",))
 
 

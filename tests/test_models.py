@@ -63,6 +63,38 @@ def test_backward_writes_where_it_is_told_and_skips_the_input(device, rng):
     np.testing.assert_array_equal(gpuml.to_host(given.flat), gpuml.to_host(expected.flat))
 
 
+class Spoiling(Parameters):
+    """Gradients that spoil the weights of layers written before, whenever more are written."""
+
+    def __init__(self, weights):
+        super().__init__(weights.zeros_like().flat, weights.shapes)
+        self.weights, self.before = weights, ()
+
+    def written(self, *names):
+        for name in self.before:
+            for weights in filter(None, [self.weights, self.weights.rounded]):
+                weights[name][...] = np.nan
+        self.before = names
+
+
+@pytest.mark.parametrize("precision", [None, "bfloat16"])
+def test_a_perceptron_is_done_with_a_layer_when_it_writes_the_next(device, rng, precision):
+    if precision and device.kind == "cpu":
+        pytest.skip("bfloat16 is for GPUs")
+    model = MLP([8, 16, 24, 8], device=device, seed=0)
+    x = device.asarray(rng.normal(size=(6, 8)).astype(np.float32))
+    y = device.asarray(rng.integers(8, size=6))
+    if precision:
+        model.parameters.keep_rounded()
+    found = []
+    for gradients in (model.parameters.zeros_like(), Spoiling(model.parameters)):
+        predictions, backward = model.forward(model.parameters, x, precision=precision)
+        backward(softmax_cross_entropy(predictions, y)[1], gradients)
+        found.append(gpuml.to_host(gradients.flat))
+    np.testing.assert_array_equal(*found)
+    assert np.isnan(gpuml.to_host(model.parameters[list(model.parameters)[-2]])).all()
+
+
 def test_a_population_is_the_same_model_with_one_more_axis(device, rng):
     model = MLP([4, 6, 2], device=device, dtype=np.float64)
     flat = device.asarray(rng.normal(size=(3, model.n_parameters)))
