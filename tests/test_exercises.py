@@ -396,6 +396,61 @@ WRONG = {
         (".sum(axis=1) * (", ".sum(axis=1) + (", "The two norms were added"),
         ("axis=1", "axis=0", "mixed up"),
     ],
+    "gpu_speedup": [
+        ('n_bytes / gpu["bus"] + n_calls', "n_calls", "have to get to the GPU first"),
+        ('n_bytes / gpu["bus"] + n_calls', 'n_calls * n_bytes / gpu["bus"] + n_calls', "over the"),
+        ("on_cpu / on_gpu", "on_gpu / on_cpu", "how many times as long"),
+        ('rates["launch"] + work', "work", "Each call must be launched"),
+        (
+            'max(n_bytes / rates["memory"], n_operations / rates["arithmetic"])',
+            'n_bytes / rates["memory"] + n_operations / rates["arithmetic"]',
+            "the longer of both",
+        ),
+        ('n_bytes / gpu["bus"] + n_calls *', 'n_bytes / gpu["bus"] +', "makes all the calls"),
+    ],
+    "rows_that_fit": [
+        ("3 * n_parameters", "n_parameters", "there three times"),
+        (" - 3 * n_parameters", "", "before the first row"),
+        ("(sizes[i] + 1)", "sizes[i]", "The biases are missing"),
+        ("sizes[0] + 2 * sum(sizes[1:])", "sum(sizes)", "on the way back"),
+        ("sizes[0] + 2 * sum(sizes[1:])", "2 * sum(sizes)", "The input has no gradient"),
+        ("free // itemsize", "free", "Bytes were divided by numbers"),
+        ("left // each", "left / each", "A row is whole"),
+        ("max(0, left // each)", "left // each", "the answer is 0"),
+    ],
+    "agree": [
+        (
+            "bool(difference <= tolerance * xp.abs(reference).max())",
+            "(result == reference).all()",
+            "expected True or False",
+        ),
+        (
+            "difference <= tolerance * xp.abs(reference).max()",
+            "(result == reference).all()",
+            "Bits were compared",
+        ),
+        (" * xp.abs(reference).max()", "", "*absolute* tolerance"),
+        ("xp.abs(result - reference).max()", "(result - reference).max()", "two signs"),
+        ("xp.abs(result - reference).max()", "xp.abs(result - reference).mean()", "disappears"),
+        ("math.sqrt(n_terms)", "n_terms", "the root of `n_terms`"),
+        (" * math.sqrt(n_terms)", "", "does not grow with `n_terms`"),
+        ("np.finfo(reference.dtype)", "np.finfo(np.float32)", "much more finely"),
+        (
+            "difference <= tolerance * xp.abs(reference).max()",
+            "(xp.abs(result - reference) <= tolerance * xp.abs(reference)).all()",
+            "held against itself",
+        ),
+        (
+            "bool(difference <= tolerance * xp.abs(reference).max())",
+            "not bool((xp.abs(result - reference) > tolerance * xp.abs(reference).max()).any())",
+            "comparison with NaN",
+        ),
+        (
+            "difference <= tolerance * xp.abs(reference).max()",
+            "xp.allclose(result, reference)",
+            "knows neither",
+        ),
+    ],
 }
 KERNELS = {
     "saxpy": [
@@ -450,7 +505,7 @@ def functions(name: str, source: str) -> dict:
     """All answers as functions, one of them as given."""
     import math
 
-    made = {"gpuml": gpuml, "math": math}
+    made = {"gpuml": gpuml, "math": math, "np": np}
     for other in ("softmax", "project_l2"):  # answers that others use
         exec(ANSWERS[other], made)
     # as if it were a cell of a notebook: its lines can be shown
@@ -1040,8 +1095,8 @@ def test_the_message_is_all_that_a_notebook_shows():
 def test_each_notebook_has_its_exercises():
     course = {path.name for path in FOLDER.parent.glob("*.ipynb")}
     have = [path.name for path in SOURCES]
-    assert {name for name in course if not name.startswith("11")} <= set(have)
-    assert [name[:2] for name in have] == [f"{i:02}" for i in range(11)]
+    assert course == set(have)
+    assert [name[:2] for name in have] == [f"{i:02}" for i in range(12)]
     assert len(exercises.SUBJECTS) == len(SOURCES)
 
 

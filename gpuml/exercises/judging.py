@@ -390,6 +390,8 @@ def difference(got: Any, expected: Any, device: Device, tolerance: float | None)
         return _different_parts(got, expected, device, tolerance)
     if isinstance(expected, np.ndarray):
         return _different_arrays(got, expected, device, tolerance)
+    if isinstance(expected, bool) and (isinstance(got, np.bool_) or _is_array(got)):
+        return "expected True or False, got an array of them: `bool(…)` makes one of one element."
     if isinstance(expected, str | slice | bool) or expected is None:
         same = type(got) is type(expected)
         if same and got == expected:
