@@ -1146,7 +1146,7 @@ IN_CELLS = {
         "in `inverse = share.inverse`"
     ),
     "def amdahl(share, factor):\n    kept = []\n    while share:\n        kept.append([0] * 10**6)"
-    "\n\ncheck('amdahl', amdahl)": "took too much memory",
+    "\n\ncheck('amdahl', amdahl, memory_limit='128 MiB')": "took too much memory",
     "def amdahl(share, factor):\n    return input()\n\ncheck('amdahl', amdahl)": "it raised",
     "def amdahl(share, factor):\n    exit()\n\ncheck('amdahl', amdahl)": "amdahl:",
     "def amdahl(share, factor):\n    return 1 / (1 - share + share / factor)\n\n"
@@ -1173,16 +1173,18 @@ def test_a_kernel_survives_bad_answers_and_shows_only_the_message(monkeypatch):
         assert error.traceback == [f"AnswerError: {error.evalue}"]
 
 
-def test_a_students_copy_runs_up_to_the_first_exercise(monkeypatch):
-    nbclient = pytest.importorskip("nbclient")
-    import nbformat
-
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_a_students_copy_runs_up_to_the_first_exercise(path):
     from gpuml.copies import students_copy
 
-    monkeypatch.setenv("PYTHONPATH", str(Path(gpuml.__file__).parent.parent))
-    notebook = nbformat.reads(students_copy(SOURCES[3].read_bytes()).decode(), as_version=4)
-    with pytest.raises(nbclient.exceptions.CellExecutionError, match="there is no answer yet"):
-        nbclient.NotebookClient(notebook, timeout=60).execute()
-    outputs = {cell.id: cell.get("outputs", []) for cell in notebook.cells}
-    failed = [name for name, each in outputs.items() if any("ename" in o for o in each)]
-    assert failed == ["check-split-rows"]
+    if "numba_cuda" in path.read_text(encoding="utf-8"):
+        pytest.skip("kernels: test_kernels hands in the stub")
+    made, first = {}, None
+    for cell in json.loads(students_copy(path.read_bytes()))["cells"]:
+        first = first or (nbgrader(cell).get("grade") and cell)
+        if cell is first:
+            break
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), made)
+    with pytest.raises(AnswerError, match="there is no answer yet"):
+        exec("".join(first["source"]), made)
