@@ -996,10 +996,14 @@ def _copy_course(options: argparse.Namespace) -> None:
     from gpuml.errors import DataError
 
     folder = Path(options.folder)
-    if folder.exists() and not folder.is_dir():
-        raise CallError(f"{folder} is a file, expected a folder")
     try:
-        copied = copy_course(folder, teacher=options.teacher, overwrite=options.overwrite)
+        copied = copy_course(options.folder, teacher=options.teacher, overwrite=options.overwrite)
+    except NotADirectoryError as error:
+        raise CallError(str(error)) from None
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(
+            "stopped by Ctrl-C: what is written is whole, the same call writes the rest"
+        ) from None
     except (OSError, DataError) as error:
         raise RunError(f"cannot put the course into {folder}: {error}") from None
     solutions = "with" if options.teacher else "without"

@@ -67,9 +67,12 @@ def copy_course(
     DataError
         If this installation has no notebooks.
     """
+    if not os.fspath(folder):  # it would mean where we are
+        raise NotADirectoryError("expected a folder, got an empty name")
     target = Path(folder)
-    if target.exists() and not target.is_dir():
-        raise NotADirectoryError(f"{target} is a file, expected a folder")
+    for path in (target / "exercises", target, *target.parents):
+        if path.exists() and not path.is_dir():
+            raise NotADirectoryError(f"{path} is a file, expected a folder")
     files = course_files(teacher=teacher)
     sums, copied = _read_sums(target), Copied()
     try:
@@ -88,7 +91,7 @@ def copy_course(
                 copied.kept.append(name)
                 continue
             sums[name] = wanted
-    finally:  # also of the part that was written before the disk was full
+    finally:  # also of the part that was written before the disk was full, or before Ctrl-C
         if copied.written or copied.unchanged:
             _write_sums(target, sums)
     return copied

@@ -138,6 +138,7 @@ def library() -> ModuleType:
     made.ndarray = Array
     pool = SimpleNamespace(limit=0, free_bytes=lambda: 0, used_bytes=lambda: 0)
     pool.get_limit = lambda: pool.limit
+    pool.free_all_blocks = lambda: None
     pool.set_limit = lambda size: setattr(pool, "limit", size)
     made.get_default_memory_pool = lambda: pool
     runtime = SimpleNamespace(deviceSynchronize=lambda: None, getDeviceCount=lambda: 1)

@@ -206,9 +206,13 @@ def test_a_folder_that_is_a_file(tmp_path, capsys, command):
     code, out, err = call(capsys, command, file)
     assert (code, out) == (2, "")
     assert err == f"gpuml: {file} is a file, expected a folder\n"
-    code, _, err = call(capsys, command, file / "below")
-    assert (code, file.read_text()) == (1, "x")
-    assert "cannot put the course into" in err
+    assert call(capsys, command, file / "deep" / "below") == (2, "", err)
+    assert file.read_text() == "x"
+    (tmp_path / "exercises").write_text("mine")
+    _, _, err = call(capsys, command, tmp_path)
+    assert err == f"gpuml: {tmp_path / 'exercises'} is a file, expected a folder\n"
+    assert len(list(tmp_path.iterdir())) == 2
+    assert call(capsys, command, "") == (2, "", "gpuml: expected a folder, got an empty name\n")
     with pytest.raises(NotADirectoryError, match="is a file, expected a folder"):
         copy_course(file)
 
@@ -252,6 +256,27 @@ def test_a_full_disk_leaves_whole_files_only(tmp_path, capsys, monkeypatch):
     assert len(there) == 5
     assert all(content == wanted[name] for name, content in there.items())
     assert len(copy_course(tmp_path).written) == len(wanted) - 5  # it is finished later
+
+
+def test_ctrl_c_leaves_whole_files_only(tmp_path, capsys, monkeypatch):
+    usual = Path.write_bytes
+
+    def write(path, content):
+        if len(list(tmp_path.glob("[0-9]*"))) == 3:
+            usual(path, content[:100])
+            raise KeyboardInterrupt
+        return usual(path, content)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", write)
+        code, out, err = call(capsys, "notebooks", tmp_path)
+    assert (code, out) == (130, "")
+    assert err.startswith("gpuml: stopped by Ctrl-C: what is written is whole")
+    there, wanted = contents(tmp_path), course_files()
+    assert len(json.loads(there.pop(copies.KEPT_SUMS))) == 3
+    assert len(there) == 3
+    assert all(content == wanted[name] for name, content in there.items())
+    assert len(copy_course(tmp_path).written) == len(wanted) - 3
 
 
 def test_an_installation_without_notebooks(tmp_path, capsys, monkeypatch):

@@ -419,3 +419,33 @@ def test_the_examples_of_the_help_are_right():
 def test_the_version_is_said_once():
     assert project()["project"]["dynamic"] == ["version"]
     assert re.fullmatch(r"\d+\.\d+\.\d+", gpuml.__version__)
+
+
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def links(path: Path) -> list[str]:
+    """Where the text of a notebook points to; brackets of formulas and of code are no links."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    text = "\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "markdown")
+    text = re.sub(r"```.*?```|`[^`]*`|\$[^$]*\$", "", text, flags=re.DOTALL)
+    return LINK.findall(text)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_links_of_notebooks_lead_somewhere(path):
+    for target in links(path):
+        if not re.match(r"[a-z]+:", target):
+            assert (path.parent / target.partition("#")[0]).is_file(), target
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in NOTEBOOKS if path.parent.name == "notebooks"], ids=lambda p: p.stem
+)
+def test_a_notebook_and_its_exercises_point_to_each_other(path):
+    exercises = path.parent / "exercises" / path.name
+    assert f"exercises/{path.name}" in links(path)
+    assert f"../{path.name}" in links(exercises)
+    last = json.loads(path.read_text(encoding="utf-8"))["cells"][-1]
+    section = "".join(last["source"]).partition("## Exercises\n")[2].partition("\n## ")[0]
+    assert f"(exercises/{path.name})" in section

@@ -29,6 +29,7 @@ SUBJECTS = {
     "many_models": ("restarts_for", "layer_of_many", "update_many", "survivors"),
     "ranks": ("shards", "weighted_gradient", "tree_all_reduce", "ring_seconds"),
     "security": ("fgsm_step", "project_l2", "clipped_sum", "norms_without_gradients"),
+    "questions": ("gpu_speedup", "rows_that_fit", "agree"),
 }
 _HOMES = {name: subject for subject, names in SUBJECTS.items() for name in names}
 

@@ -5,11 +5,14 @@ thread. The main thread looks at the clock and at the memory, and stops it by an
 
 What that can do, and what not:
 
-- A loop of Python's is stopped between two of its instructions, on every system.
+- A loop of Python's is stopped between two of its instructions, on every system. If it catches
+  every exception (``except:``), it gets one that comes back as soon as it is caught. (Python 3.12
+  has a gap: an empty handler of an error that comes in each round goes on.)
 - One call of a library (a product, a sort, ``time.sleep``) is left to end by itself; the main
   thread goes on after a grace of two seconds, and says so.
 - On Linux an array that is too large is refused when it is asked for; on a GPU by the limit of
-  CuPy's pool. Elsewhere memory is looked at every few milliseconds.
+  CuPy's pool. Elsewhere memory is looked at every few milliseconds. These limits are those of the
+  whole process. Whoever goes on in the background keeps them in force.
 - A call that keeps Python's lock, such as ``sum(itertools.count())``, and a kernel that never
   ends in the middle of the function: only a restart of the kernel stops these.
 """
@@ -17,13 +20,16 @@ What that can do, and what not:
 from __future__ import annotations
 
 import ctypes
+import gc
 import io
+import mmap
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -67,6 +73,24 @@ class _Stop(BaseException):  # no Exception: `except Exception` in a loop must n
     pass
 
 
+# For a thread, by its number: raise this class before the next instruction; nothing, if it is NULL.
+_have_raise = ctypes.PYFUNCTYPE(None, ctypes.c_ulong, ctypes.py_object)(
+    ("PyThreadState_SetAsyncExc", ctypes.pythonapi)
+)
+_NULL = ctypes.py_object()
+
+
+def _insistent(ident: int) -> type[_Stop]:
+    """Return an exception that a thread raises again as soon as it has caught it.
+
+    Whoever catches one makes an object of its class first. Here that is a call in C, so that the
+    next one is raised in the handler, not here.
+    """
+    again = type("_Stop", (_Stop,), {})
+    again.__init__ = staticmethod(partial(_have_raise, ident, again))  # type: ignore[misc]
+    return again
+
+
 class _Bounded(io.StringIO):
     """Text up to a length; what comes after is counted as written and forgotten."""
 
@@ -98,35 +122,89 @@ def run_bounded(
     """
     _warm(device)
     run, printed = Run(), _Bounded()
-
-    def work() -> None:
-        try:
-            with device.use(), _limited(device, memory_limit):
-                run.value = function()
-                device.synchronize()
-        except _Stop:
-            pass  # the main thread knows why
-        except BaseException as error:
-            run.error = error
-
-    thread = threading.Thread(target=work, name="answer", daemon=True)
-    with redirect_stdout(printed), _silent_stops():
+    answer = _Answer(function, device, run, memory_limit)
+    with redirect_stdout(printed):
         before, start = memory_in_use(), time.perf_counter()
-        thread.start()
+        answer.start()
         try:
-            while thread.is_alive() and run.verdict == "returned":
-                thread.join(LOOK)
+            while answer.is_alive() and run.verdict == "returned":
+                answer.join(LOOK)
                 if time.perf_counter() - start > time_limit:
                     run.verdict = "too long"
                 elif memory_in_use() - before > memory_limit:
                     run.verdict = "too much"
+        except MemoryError:  # it has left nothing to look with
+            run.verdict = "too much"
         finally:  # also when the user interrupts
-            run.ended = _stop(thread)
+            with _silent_stops():
+                run.ended = answer.stop()
     run.printed = printed.getvalue()
     if run.error is not None and run.verdict == "returned":
         lacking = isinstance(run.error, MemoryError)
         run.verdict = "too much" if lacking else "raised"
     return run
+
+
+class _Answer(threading.Thread):
+    """The thread of a call, which can be stopped."""
+
+    def __init__(
+        self, function: Callable[[], Any], device: Device, outcome: Run, memory_limit: int
+    ) -> None:
+        super().__init__(name="answer", daemon=True)
+        self._call = function, device, outcome
+        self._limits = _limits(device)
+        self._memory_limit = memory_limit
+        self._leaving = threading.Lock()  # whoever has it: the thread when it leaves, for good
+
+    def start(self) -> None:
+        for limit in self._limits:
+            limit.take(self, self._memory_limit)
+        try:
+            super().start()
+        except BaseException:
+            self._release()
+            raise
+
+    def run(self) -> None:
+        function, device, outcome = self._call
+        calm = partial(_have_raise, threading.get_ident(), _NULL)
+        try:
+            try:
+                with device.use():
+                    outcome.value = function()
+                    device.synchronize()
+            except _Stop:  # the main thread knows why
+                calm()
+            except BaseException as error:
+                outcome.error = error
+            self._leaving.acquire()
+        except _Stop:  # told so after its end
+            calm()
+            self._leaving.acquire(blocking=False)
+        self._release()
+
+    def stop(self) -> bool:
+        """End it, if it has not ended, and say whether that worked."""
+        told = time.perf_counter()
+        while self.is_alive():
+            waited = time.perf_counter() - told
+            if waited > GRACE:
+                return False
+            # whoever is leaving must not be disturbed: Python's own clearing up would be
+            if self._leaving.acquire(blocking=False):
+                _raise_in(self, insistent=waited > GRACE / 4)
+                self._leaving.release()
+            for other in threading.enumerate():
+                if type(other).__module__.startswith("numba."):  # of a simulated kernel
+                    _raise_in(other)
+            self.join(0.01)
+        self._release()
+        return True
+
+    def _release(self) -> None:
+        for limit in self._limits:
+            limit.release(self)
 
 
 @cache
@@ -150,74 +228,123 @@ def memory_in_use() -> int:
     return resident_memory()
 
 
-def _stop(thread: threading.Thread) -> bool:
-    """End a thread, if it has not ended, and those of a simulated kernel; say whether they did."""
-    patience = time.perf_counter() + GRACE
-    while thread.is_alive():
-        if time.perf_counter() > patience:
-            return False
-        for one in threading.enumerate():
-            simulated = type(one).__module__.startswith("numba.")
-            if (one is thread or simulated) and one.ident is not None:
-                _raise_in(one.ident)
-        thread.join(0.05)
-    return True
+def give_back(device: Device) -> None:
+    """Give free memory back to the system, which the allocators would keep for later.
+
+    An array of more than a few megabytes goes back by itself. Lists and smaller arrays lie side by
+    side with what is still in use, and the C library does not look for the gaps until it is told
+    to.
+    """
+    gc.collect()
+    if LINUX:
+        with suppress(AttributeError):  # a C library other than glibc
+            ctypes.CDLL(None).malloc_trim(0)
+    if device.kind == "gpu":
+        with device.use():
+            device.xp.get_default_memory_pool().free_all_blocks()
 
 
-def _raise_in(ident: int) -> None:
+def _raise_in(thread: threading.Thread, *, insistent: bool = False) -> None:
     """Have a thread raise before its next instruction; nothing, if it has ended."""
-    stop = ctypes.pythonapi.PyThreadState_SetAsyncExc
-    stop(ctypes.c_ulong(ident), ctypes.py_object(_Stop))
+    if thread.ident is not None:
+        _have_raise(thread.ident, _insistent(thread.ident) if insistent else _Stop)
 
 
 @contextmanager
 def _silent_stops() -> Iterator[None]:
-    """Print no traceback where a thread ends because it was told to."""
-    usual = threading.excepthook
+    """Print no traceback where a thread ends because it was told to, or its destructors do."""
+    in_threads, unraisable = threading.excepthook, sys.unraisablehook
+    caught: list[Any] = []
 
     def hook(arguments: threading.ExceptHookArgs, /) -> None:
-        if arguments.exc_type is not _Stop:
-            usual(arguments)
+        if not _is_stop(arguments):
+            in_threads(arguments)
 
     threading.excepthook = hook
+    sys.unraisablehook = caught.append  # a function in Python would be stopped, too
     try:
         yield
     finally:
-        threading.excepthook = usual
+        threading.excepthook, sys.unraisablehook = in_threads, unraisable
+    for arguments in caught:
+        if not _is_stop(arguments):
+            unraisable(arguments)
 
 
-@contextmanager
-def _limited(device: Device, n_bytes: int) -> Iterator[None]:
-    """Have the system, and CuPy's pool, refuse what is beyond the limit."""
-    with _limited_host(n_bytes):
-        if device.kind == "cpu":
-            yield
-            return
-        pool = device.xp.get_default_memory_pool()
-        before = pool.get_limit()
-        pool.set_limit(size=pool.used_bytes() + n_bytes)
-        try:
-            yield
-        finally:
-            pool.set_limit(size=before)
+def _is_stop(arguments: Any) -> bool:
+    return arguments.exc_type is not None and issubclass(arguments.exc_type, _Stop)
 
 
-@contextmanager
-def _limited_host(n_bytes: int) -> Iterator[None]:
-    if not LINUX:  # elsewhere the limit may exist, but is not kept
-        yield
-        return
+# --- limits of the process ---------------------------------------------------------------------
+
+
+class _Limit:
+    """A limit of the whole process, as it was again when nobody needs it any more.
+
+    An answer that nobody can stop may end during the next one, or after it.
+    """
+
+    def __init__(
+        self, used: Callable[[], int], read: Callable[[], int], write: Callable[[int], Any]
+    ) -> None:
+        self._used, self._read, self._write = used, read, write
+        self._lock = threading.Lock()
+        self._holders: dict[object, int] = {}
+        self._before = 0  # no positive number, if there was none
+
+    def take(self, holder: object, n_bytes: int) -> None:
+        """Refuse from now on what is beyond so many bytes more."""
+        with self._lock:
+            if not self._holders:
+                self._before = self._read()
+            wanted = self._used() + n_bytes
+            self._holders[holder] = min(wanted, self._before) if self._before > 0 else wanted
+            self._write(self._holders[holder])
+
+    def release(self, holder: object) -> None:
+        """Refuse it no longer for this holder, who may have done so before."""
+        with self._lock:
+            if self._holders.pop(holder, None) is not None:
+                self._write([self._before, *self._holders.values()][-1])
+
+
+def _granted() -> int:
     import resource
 
-    before, most = resource.getrlimit(resource.RLIMIT_DATA)
+    soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    return soft
+
+
+def _grant(n_bytes: int) -> None:
+    import resource
+
+    _, most = resource.getrlimit(resource.RLIMIT_DATA)
+    resource.setrlimit(resource.RLIMIT_DATA, (n_bytes, most))
+
+
+def _in_use() -> int:
     with open("/proc/self/statm", encoding="ascii") as file:
-        now = int(file.read().split()[5]) * resource.getpagesize()
-    wanted = now + n_bytes + SLACK
-    for limit in (before, most):
-        if limit != resource.RLIM_INFINITY:
-            wanted = min(wanted, limit)
-    resource.setrlimit(resource.RLIMIT_DATA, (wanted, most))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (before, most))
+        return int(file.read().split()[5]) * mmap.PAGESIZE + SLACK
+
+
+# Elsewhere such a limit may exist, but is not kept.
+_HOST_LIMITS = [_Limit(_in_use, _granted, _grant)] if LINUX else []
+
+
+@cache
+def _pool_limit(device: Device) -> _Limit:
+    def in_its_pool(method: str, **options: int) -> int:
+        with device.use():
+            pool = device.xp.get_default_memory_pool()
+            return int(getattr(pool, method)(**options) or 0)
+
+    return _Limit(
+        lambda: in_its_pool("used_bytes"),
+        lambda: in_its_pool("get_limit"),
+        lambda n_bytes: in_its_pool("set_limit", size=n_bytes),
+    )
+
+
+def _limits(device: Device) -> list[_Limit]:
+    """Return what refuses memory that is asked for: the system, and CuPy's pool."""
+    return [*_HOST_LIMITS, *([_pool_limit(device)] if device.kind == "gpu" else [])]

@@ -22,7 +22,7 @@ import numpy as np
 
 from gpuml.blocking import size_text
 from gpuml.devices import CPU, Device, array_module, to_host
-from gpuml.exercises.bounds import MOST_PRINTED, Run, run_bounded
+from gpuml.exercises.bounds import MOST_PRINTED, Run, give_back, run_bounded
 
 Case: TypeAlias = dict[str, Any]  # arguments by name, arrays on the host
 Mistakes: TypeAlias = Callable[..., Any] | tuple[Callable[..., Any], ...]
@@ -149,6 +149,8 @@ def complaint(
             hints = _matching(exercise, hints, call) or hints[:1]
         if call.run.error is not None:
             traceback.clear_frames(call.run.error.__traceback__)  # they hold what took the memory
+        if call.run.verdict == "too much":
+            give_back(device)
         if problem and (len(hints) < 2 or call.run.verdict.startswith("too")):
             break
     if problem and call.run.verdict.startswith("too"):
@@ -388,6 +390,8 @@ def difference(got: Any, expected: Any, device: Device, tolerance: float | None)
         return _different_parts(got, expected, device, tolerance)
     if isinstance(expected, np.ndarray):
         return _different_arrays(got, expected, device, tolerance)
+    if isinstance(expected, bool) and (isinstance(got, np.bool_) or _is_array(got)):
+        return "expected True or False, got an array of them: `bool(…)` makes one of one element."
     if isinstance(expected, str | slice | bool) or expected is None:
         same = type(got) is type(expected)
         if same and got == expected:
