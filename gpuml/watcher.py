@@ -34,6 +34,10 @@ def main() -> None:
             poll.register(number, select.POLLIN)
     said = False
     while ranks or gone:
+        # Who was not there any more at the start need not have been the first that ended.
+        for number, _ in poll.poll(0 if gone else None) if ranks else ():
+            poll.unregister(number)
+            gone.append(ranks.pop(number))
         # Once a rank has ended in order, mpiexec may have ended the others.
         said |= any(folder.iterdir())
         if gone and not said:
@@ -43,9 +47,6 @@ def main() -> None:
                     2, f"gpuml: {named(gone)} was killed, or crashed: all ranks end\n".encode()
                 )
         gone = []
-        for number, _ in poll.poll() if ranks else ():
-            poll.unregister(number)
-            gone.append(ranks.pop(number))
     shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import gpuml
-from gpuml import batches, buckets, cli, distributed, steps
+from gpuml import batches, buckets, cli, distributed, steps, watcher
 from gpuml.batches import ArrayBatches
 from gpuml.distributed import Alone, DistributedError, HeldBack, check_agreement, share_of
 
@@ -458,6 +458,21 @@ def test_simulated_ranks_do_not_wait_forever(work, error, said):
     assert threading.active_count() == before
     with pytest.raises(ValueError, match="n_ranks must be a positive integer, got 0"):
         distributed.simulate(0, work)
+
+
+@pytest.mark.skipif(not hasattr(os, "pidfd_open"), reason="asks Linux")
+def test_a_watcher_that_comes_late_names_all_that_may_have_been_the_first(tmp_path):
+    """It is here that rank 2 has left no trace, and rank 1 has ended unnoticed so far."""
+    children = [subprocess.Popen([sys.executable, "-c", ""]) for _ in range(2)]
+    children[1].wait()
+    os.waitid(os.P_PID, children[0].pid, os.WEXITED | os.WNOWAIT)
+    ranks = [f"{rank}:{child.pid}" for rank, child in enumerate(children, 1)]
+    call = [sys.executable, watcher.__file__, tmp_path / "ended", *ranks]
+    (tmp_path / "ended").mkdir()
+    said = subprocess.run(call, stderr=subprocess.PIPE, text=True, timeout=PROMPT).stderr
+    assert re.fullmatch(r"gpuml: one of the ranks 1 \(.*\), 2 \(.*\) was killed.*\n", said), said
+    assert not (tmp_path / "ended").exists()
+    children[0].wait()
 
 
 # --- by mpiexec --------------------------------------------------------------------------------

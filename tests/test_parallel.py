@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -239,12 +238,10 @@ def test_what_is_shared_out(pytester, monkeypatch, arguments, shared):
 
 
 WORKER = """
-import os, subprocess, sys
+import os
 
 def test_{}():
     print(os.environ["PYTEST_XDIST_WORKER"], "of", os.environ["PYTEST_XDIST_WORKER_COUNT"])
-    code = "import colorsys; print(colorsys.__cached__)"
-    print(subprocess.check_output([sys.executable, "-c", code], text=True))
     assert 0
 """
 
@@ -253,13 +250,23 @@ def test_a_plain_call_is_shared_out(suite):
     suite.add(test_a=WORKER.format("a"), test_b=WORKER.format("b"))
     with (suite.folder / "conftest.py").open("a") as file:
         file.write("import os\nos.sched_getaffinity = lambda _: {1, 5}\n")
-    suite.environment["PYTHONDONTWRITEBYTECODE"] = "1"
     done = suite.run()
     assert "gw0 of 2" in done.stdout, done.stdout
     assert "gw1 of 2" in done.stdout
-    compiled = rf"{suite.folder}/gpuml-tests-[^/]+/bytecode/.*/colorsys\..*\.pyc\n"
-    assert len(re.findall(compiled, done.stdout)) == 2, "kept from one process to the next"
-    assert not [*suite.folder.rglob("*.pyc")], "but not beyond the run"
+
+
+def test_modules_are_compiled_once_and_not_left_behind(monkeypatch):
+    """Whoever wants no compiled modules gets none: but processes share them during the run."""
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setenv("PYTHONPYCACHEPREFIX", "to be put back")
+    monkeypatch.delenv("PYTHONPYCACHEPREFIX")
+    run = parallel.Run()
+    code = "import colorsys; print(colorsys.__cached__)"
+    file = Path(subprocess.check_output([sys.executable, "-c", code], text=True).strip())
+    assert file.exists()
+    assert file.is_relative_to(run.folder)
+    run.pytest_unconfigure()
+    assert not Path(run.folder).exists()
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 64])
