@@ -47,6 +47,13 @@ def _in_a_folder_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
 
+@pytest.fixture(autouse=True)
+def _pictures_take_less_time(monkeypatch):
+    """They are drawn and saved, but not laid out, which takes half of it: see test_plots.py."""
+    engine = "matplotlib.layout_engine.ConstrainedLayoutEngine.execute"
+    monkeypatch.setattr(engine, lambda self, figure: None)
+
+
 @pytest.fixture
 def call(capsys):
     """Run the command line in this process."""
