@@ -23,7 +23,7 @@ except ImportError:  # Windows
     fcntl = None
 
 MOST = 4  # processes: each holds a good half of a GiB, and a notebook's kernel besides
-LONG = ("test_nbgrader.py", "test_copies.py")  # few tests, but long ones
+LONG = ("test_browser.py", "test_site.py", "test_nbgrader.py", "test_copies.py")  # few, but long tests
 IN_ONE = ("usepdb", "trace", "collectonly", "keyword", "lf", "stepwise")
 IN_ONE += ("showfixtures", "show_fixtures_per_test", "setupplan")
 THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
