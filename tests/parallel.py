@@ -23,7 +23,8 @@ except ImportError:  # Windows
     fcntl = None
 
 MOST = 4  # processes: each holds a good half of a GiB, and a notebook's kernel besides
-LONG = ("test_browser.py", "test_site.py", "test_nbgrader.py", "test_copies.py")  # few, but long tests
+# Few tests, but long ones.
+LONG = ("test_browser.py", "test_site.py", "test_nbgrader.py", "test_copies.py")
 IN_ONE = ("usepdb", "trace", "collectonly", "keyword", "lf", "stepwise")
 IN_ONE += ("showfixtures", "show_fixtures_per_test", "setupplan")
 THREADS = ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS")
@@ -57,7 +58,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """Before pytest-xdist reads its options: set them."""
     option = config.option
     if is_shared_out(config) and cores() > 1:
-        option.numprocesses = min(cores(), MOST)
+        option.numprocesses = min(cores() + 1, MOST)  # one more: some wait for what they started
     if is_worker(config) or not getattr(option, "numprocesses", None):
         return
     if option.dist == "no" and not option.distload:

@@ -1,4 +1,4 @@
-"""Exercises of notebook 11: whether a GPU pays, what fits into memory, equal up to rounding."""
+"""Exercises of the frequent questions: does a GPU pay, what fits, equal up to rounding."""
 
 from __future__ import annotations
 
