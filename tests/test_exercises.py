@@ -713,6 +713,56 @@ def stuck(monkeypatch):
     end()
 
 
+STOPPED_THEN_TRACED = """
+import sys
+import threading
+import gpuml
+from gpuml.exercises import bounds
+
+bounds.GRACE = 1
+go = threading.Event()
+
+def loops():
+    while True:
+        pass
+
+def catches():
+    while True:
+        try:
+            loops()
+        except:
+            pass
+
+def waits():
+    go.wait()
+
+def traced():
+    sys.settrace(lambda *_: None)
+    (lambda: 1)()
+    sys.settrace(None)
+
+for answer in (loops, catches, waits):
+    device = gpuml.get_device("cpu")
+    run = bounds.run_bounded(answer, device=device, time_limit=0.1, memory_limit=2**28)
+    assert run.verdict == "too long"
+    traced()
+assert not run.ended
+others = [thread for thread in threading.enumerate() if thread.name == "answer"]
+go.set()
+for thread in others:
+    thread.join()
+traced()
+print("done")
+"""
+
+
+def test_python_looks_for_no_stops_afterwards():
+    """In Python 3.11 a traced call, in a debugger say, does not end while it still does."""
+    call = [sys.executable, "-c", STOPPED_THEN_TRACED]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "done\n", done.stderr
+
+
 def test_the_check_goes_on_without_a_call_that_nobody_can_stop(stuck):
     start = time.perf_counter()
     text = message("amdahl", stuck.amdahl, time_limit=0.1)

@@ -156,6 +156,7 @@ class _Answer(threading.Thread):
         self._limits = _limits(device)
         self._memory_limit = memory_limit
         self._leaving = threading.Lock()  # whoever has it: the thread when it leaves, for good
+        self._told = False  # to end
 
     def start(self) -> None:
         for limit in self._limits:
@@ -183,13 +184,17 @@ class _Answer(threading.Thread):
             calm()
             self._leaving.acquire(blocking=False)
         self._release()
+        if self._told:
+            _settle()
 
     def stop(self) -> bool:
         """End it, if it has not ended, and say whether that worked."""
-        told = time.perf_counter()
+        begin = time.perf_counter()
         while self.is_alive():
-            waited = time.perf_counter() - told
+            self._told = True
+            waited = time.perf_counter() - begin
             if waited > GRACE:
+                _settle()
                 return False
             # whoever is leaving must not be disturbed: Python's own clearing up would be
             if self._leaving.acquire(blocking=False):
@@ -200,6 +205,8 @@ class _Answer(threading.Thread):
                     _raise_in(other)
             self.join(0.01)
         self._release()
+        if self._told:
+            _settle()
         return True
 
     def _release(self) -> None:
@@ -248,6 +255,18 @@ def _raise_in(thread: threading.Thread, *, insistent: bool = False) -> None:
     """Have a thread raise before its next instruction; nothing, if it has ended."""
     if thread.ident is not None:
         _have_raise(thread.ident, _insistent(thread.ident) if insistent else _Stop)
+
+
+def _settle() -> None:
+    """Let this thread take a stop, after which Python looks for no others.
+
+    Before version 3.13 it goes on looking if one was taken back, or its thread has ended: at every
+    call, which costs time, and forever where calls are traced.
+    """
+    with suppress(_Stop):
+        _have_raise(threading.get_ident(), _Stop)
+        while True:
+            pass
 
 
 @contextmanager
