@@ -58,7 +58,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     """Before pytest-xdist reads its options: set them."""
     option = config.option
     if is_shared_out(config) and cores() > 1:
-        option.numprocesses = min(cores() + 1, MOST)  # one more: some wait for what they started
+        option.numprocesses = min(cores(), MOST)
     if is_worker(config) or not getattr(option, "numprocesses", None):
         return
     if option.dist == "no" and not option.distload:

@@ -247,12 +247,12 @@ def test_{}():
 
 
 def test_a_plain_call_is_shared_out(suite):
-    suite.add(**{f"test_{name}": WORKER.format(name) for name in "abc"})
+    suite.add(test_a=WORKER.format("a"), test_b=WORKER.format("b"))
     with (suite.folder / "conftest.py").open("a") as file:
         file.write("import os\nos.sched_getaffinity = lambda _: {1, 5}\n")
     done = suite.run()
-    for worker in range(3):
-        assert f"gw{worker} of 3" in done.stdout, done.stdout
+    assert "gw0 of 2" in done.stdout, done.stdout
+    assert "gw1 of 2" in done.stdout
 
 
 def test_modules_are_compiled_once_and_not_left_behind(monkeypatch):
@@ -276,7 +276,7 @@ def test_processes_and_threads_share_the_cores(n, monkeypatch, pytester):
     pytester.mkdir("tests")
     config = pytester.parseconfig("tests")
     parallel.pytest_cmdline_main(config)
-    assert config.option.numprocesses == {1: None, 2: 3, 3: 4, 64: 4}[n]
+    assert config.option.numprocesses == {1: None, 2: 2, 3: 3, 64: 4}[n]
     assert config.option.dist == ("no" if n == 1 else "loadfile")
     assert os.environ.get("OMP_NUM_THREADS") == {1: None, 2: "1", 3: "1", 64: "16"}[n]
     assert os.environ["OPENBLAS_NUM_THREADS"] == "said", "who has said it, has said it"
