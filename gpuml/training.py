@@ -471,6 +471,8 @@ class _Run:
             if each or due:
                 self.look(bar)
                 looked = time.monotonic()
+            if self.checkpoint is not None:  # what is due is written before anyone goes on
+                self.communicator.gather(None)
             if due:
                 self.ctrl_c.look()
         self.look(bar)

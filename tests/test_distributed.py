@@ -1004,6 +1004,43 @@ def test_another_number_of_ranks_goes_on_from_a_checkpoint(tmp_path, monkeypatch
     assert "the number of epochs in b.checkpoint is 6 on rank 0" in done.stderr.replace("\n", " ")
 
 
+WRITES_LONG = """
+import os
+import signal
+import sys
+import time
+import numpy as np
+import gpuml
+from gpuml import training
+from gpuml.distributed import ranks
+
+if ranks().rank == 0 and sys.argv[1] == "dies":
+    save = training.save_checkpoint
+    training.save_checkpoint = lambda *a, **k: (time.sleep(0.5), save(*a, **k))
+
+
+def schedule(epoch, n_epochs):
+    if epoch == 2 and ranks().rank == 1 and sys.argv[1] == "dies":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if ranks().rank == 0 and sys.argv[1] == "goes on":
+        print(epoch)
+    return 1.0
+
+
+X = np.ones((8, 2), np.float32)
+settings = {"n_epochs": 4, "schedule": schedule, "checkpoint": "a.checkpoint"}
+gpuml.train(gpuml.Linear(2, 2), X, X, **settings)
+"""
+
+
+@needs_mpi
+def test_what_was_due_is_written_before_a_rank_can_die_in_the_next_epoch(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run(2, WRITES_LONG, "dies", timeout=PROMPT).returncode != 0
+    done = run(2, WRITES_LONG, "goes on", timeout=PROMPT)
+    assert done.stdout.split() == ["2", "3"], done.stderr
+
+
 @needs_mpi
 def test_the_command_trains_by_ranks_and_only_the_first_speaks(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
