@@ -30,7 +30,7 @@ Mistakes: TypeAlias = Callable[..., Any] | tuple[Callable[..., Any], ...]
 PRODUCTS = frozenset({"@", "matmul", "dot", "einsum", "tensordot", "inner", "vdot", "multi_dot"})
 PRODUCTS |= {"batched_matmul", "blocked_matmul", "split_matmul"}
 TOLERANCES = {"float16": 1e-2, "float32": 1e-4, "float64": 1e-9}
-NO_ANSWER = "there is no answer yet. Put your code in the place of `raise NotImplementedError()`."
+NO_ANSWER = "there is no answer yet. Replace `raise NotImplementedError()`."
 BRIEF = reprlib.Repr()
 BRIEF.maxother = BRIEF.maxstring = BRIEF.maxlong = 100
 MOST_SHOWN = 200  # characters of a value, in a message
