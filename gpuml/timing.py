@@ -760,8 +760,8 @@ def watch_memory(device: Device | str | None = None) -> Iterator[MemoryUse]:
     --------
     >>> import numpy as np
     >>> with watch_memory("cpu") as used:
-    ...     ones = np.ones(20_000_000)
-    >>> used.most == 0 or used.most > 100_000_000
+    ...     ones = np.ones(40_000_000)
+    >>> used.most == 0 or used.most > 280_000_000
     True
     """
     where, used, over = get_device(device), MemoryUse(), threading.Event()
