@@ -41,10 +41,8 @@ def test_short_functions_are_not_drowned_by_the_clock():
     def nothing():
         pass
 
-    before = [timing_of(nothing, 1000) for _ in range(100)]
     measured = benchmark(nothing, device="cpu", time_budget=0.1)
-    after = [timing_of(nothing, 1000) for _ in range(100)]
-    alone = np.median(before + after)  # a median, too: other programs slow down both
+    alone = min(timing_of(nothing, 1000) for _ in range(20))
     assert measured.seconds < 3 * alone + 1e-7
 
 
