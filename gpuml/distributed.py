@@ -40,7 +40,6 @@ from gpuml.peer_copies import MOST_RANKS, PeerCopies
 # --mpi=pmi2), Open MPI, MVAPICH. By PMIx (srun --mpi=pmix) each is only told its number, and Slurm
 # how many; that alone says nothing, since srun starts processes that are no ranks as well.
 WORLD_SIZES = "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
-WORLD_RANKS = "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK"
 PMI_LINE = "PMI_FD"  # the number of an open socket
 PMIX_RANK, SLURM_SIZE = "PMIX_RANK", "SLURM_STEP_NUM_TASKS"
 MPICH_RANK = "MPI_LOCALRANKID"  # on its host; told by MPICH's mpiexec only
@@ -477,7 +476,7 @@ def _stand_by() -> None:
         if not alone() or issubclass(kind, KeyboardInterrupt):
             before(kind, error, trace)
             return
-        rank = next((os.environ[name] for name in WORLD_RANKS if name in os.environ), "?")
+        rank = os.environ.get("PMI_RANK", "?")
         if rank != "0":  # what ails all of them, the first one says
             time.sleep(HEAD_START)
         before(kind, error, trace)

@@ -58,6 +58,11 @@ def _saxpy_first_block(alpha: Any, x: Any, memory: Any) -> None:
     memory[:THREADS] += alpha * x[:THREADS]
 
 
+def _saxpy_all_in_one(alpha: Any, x: Any, memory: Any) -> None:
+    for _ in range(_blocks(x.size)):  # one block after the other, as in a simulator
+        memory[:THREADS] += alpha * x[:THREADS]
+
+
 def _saxpy_off_by_one(alpha: Any, x: Any, memory: Any) -> None:
     memory[: x.size - 1] += alpha * x[:-1]
 
@@ -168,8 +173,8 @@ EXERCISES = {
         raised={"IndexError": OUTSIDE},
         mistakes={
             OUTSIDE: _saxpy_unguarded,
-            "Only the first block did its work: `cuda.threadIdx.x` counts within a block, "
-            "`cuda.grid(1)` over all of them.": _saxpy_first_block,
+            "Only the elements of the first block have changed: `cuda.threadIdx.x` counts within "
+            "a block, `cuda.grid(1)` over all of them.": (_saxpy_first_block, _saxpy_all_in_one),
             "The last element is missing: the index may be as large as the size less one, so "
             "compare by `<` with the size.": _saxpy_off_by_one,
             "What was in `y` is gone: alpha · x is to be *added* to it.": _saxpy_overwrites,
