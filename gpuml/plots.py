@@ -522,6 +522,8 @@ def step_times(
 ) -> Any:
     """Draw how long a training step takes by several programs, as bars, and the least it can take.
 
+    The axis is logarithmic where the largest is more than 20 times the smallest.
+
     Parameters
     ----------
     seconds : mapping of str to float
@@ -549,8 +551,12 @@ def step_times(
         axis.axvline(floor * 1e6, color=COLORS[1])
         label += f"; the line is the floor, {float(f'{floor * 1e6:.3g}'):,g} µs"
     axis.invert_yaxis()
-    axis.set_xscale("log")
-    axis.set_xlim(min([floor * 1e6 or math.inf, *times.values()]) / 3, 4 * max(times.values()))
+    least, most = min([floor * 1e6 or math.inf, *times.values()]), max(times.values())
+    if most > 20 * least:
+        axis.set_xscale("log")
+        axis.set_xlim(least / 3, 4 * most)
+    else:
+        axis.set_xlim(0, 1.2 * most)
     axis.set_xlabel(label)
     axis.set_title(title, fontsize="medium")
     return axis.figure

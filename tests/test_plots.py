@@ -267,6 +267,16 @@ def test_a_step_has_a_bar_for_each_program_and_a_line_at_the_floor():
     assert not plots.step_times({"mine": 5e-6}, 0, "a device").axes[0].lines
 
 
+@pytest.mark.parametrize(("times", "floor", "scale"), [([3, 50], 0, "linear"), ([3, 50], 2, "log")])
+def test_bars_of_step_times_begin_at_zero_unless_they_differ_by_magnitudes(times, floor, scale):
+    seconds = {str(t): t * 1e-6 for t in times}
+    [axis] = plots.step_times(seconds, floor * 1e-6, "a device").axes
+    assert axis.get_xscale() == scale
+    first, last = axis.get_xlim()
+    assert (first == 0) == (scale == "linear")
+    assert first < min(times) < max(times) < last
+
+
 @pytest.mark.parametrize(("end", "unit"), [(2e-4, "µs"), (2e-2, "ms"), (2, "s")])
 def test_a_time_line_has_the_unit_that_suits_it(end, unit):
     [axis] = plots.time_line({"host": [(0, end)], "device": [(end / 2, end)]}, "a device").axes
