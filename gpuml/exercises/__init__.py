@@ -6,6 +6,8 @@ for what these can stop.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -97,8 +99,8 @@ def check(
     AnswerError
         If the answer is wrong; the message says what it was called with, how its result differs
         from the right one, and, where the mistake is a known one, which it may be.
-    ValueError
-        If there is no exercise of that name.
+    ValueError, TypeError
+        If there is no exercise of that name, or the check is called in another wrong way.
 
     Examples
     --------
@@ -107,15 +109,31 @@ def check(
     """
     from gpuml.exercises.judging import complaint
 
-    problem, printed = complaint(
-        exercise(name),
-        answer,
-        get_device(device),
-        time_limit=time_limit,
-        memory_limit=parse_size(memory_limit),
-    )
+    with _in_short():
+        if not isinstance(name, str):
+            raise TypeError(
+                "expected the name of an exercise, in quotes, and then the function, such as "
+                f'check("gradient", gradient); got {type(name).__name__} for the name'
+            )
+        if not isinstance(device, Device | str | None):
+            raise TypeError(f"expected a device or its name, such as 'cpu'; got {device!r}")
+        if not (isinstance(time_limit, int | float) and time_limit > 0):
+            raise ValueError(f"expected seconds above 0 for time_limit; got {time_limit!r}")
+        known, place, n_bytes = exercise(name), get_device(device), parse_size(memory_limit)
+    problem, printed = complaint(known, answer, place, time_limit=time_limit, memory_limit=n_bytes)
     if printed:
         print(printed, end="" if printed.endswith("\n") else "\n")
     if problem:
         raise AnswerError(f"{name}: {problem}") from None
     print(f"{name}: right.")
+
+
+@contextmanager
+def _in_short() -> Iterator[None]:
+    """Have a notebook show only the message of what is raised inside a ``with`` block."""
+    try:
+        yield
+    except (TypeError, ValueError, GpumlError) as error:
+        shown = [f"{type(error).__name__}: {error}"]
+        error.__dict__["_render_traceback_"] = lambda: shown
+        raise

@@ -19,15 +19,17 @@ What that can do, and what not:
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import gc
 import io
 import mmap
+import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -39,6 +41,7 @@ from gpuml.timing import resident_memory
 LINUX = Path("/proc/self/statm").exists()
 LOOK = 0.005  # seconds between two looks at the memory
 GRACE = 2.0  # seconds that a function has to end, once it is told to
+AT_EXIT = 10.0  # seconds that Python's end waits for who goes on
 SLACK = 2**28  # bytes beside the limit that the system grants: stacks of threads, compiled code
 MOST_PRINTED = 10_000  # characters that are kept
 
@@ -100,6 +103,9 @@ class _Bounded(io.StringIO):
             super().write(text[:room])
         return len(text)
 
+    def close(self) -> None:
+        """Stay open, whoever closes it."""
+
 
 def run_bounded(
     function: Callable[[], Any], *, device: Device, time_limit: float, memory_limit: int
@@ -121,9 +127,9 @@ def run_bounded(
     Run
     """
     _warm(device)
-    run, printed = Run(), _Bounded()
+    run, printed, errors = Run(), _Bounded(), _Bounded()
     answer = _Answer(function, device, run, memory_limit)
-    with redirect_stdout(printed):
+    with redirect_stdout(printed), redirect_stderr(errors):
         before, start = memory_in_use(), time.perf_counter()
         answer.start()
         try:
@@ -139,6 +145,7 @@ def run_bounded(
             with _silent_stops():
                 run.ended = answer.stop()
     run.printed = printed.getvalue()
+    print(errors.getvalue(), end="", file=sys.stderr)
     if run.error is not None and run.verdict == "returned":
         lacking = isinstance(run.error, MemoryError)
         run.verdict = "too much" if lacking else "raised"
@@ -190,19 +197,19 @@ class _Answer(threading.Thread):
     def stop(self) -> bool:
         """End it, if it has not ended, and say whether that worked."""
         begin = time.perf_counter()
-        while self.is_alive():
+        while self.is_alive() or (self._told and _simulated()):
             self._told = True
             waited = time.perf_counter() - begin
             if waited > GRACE:
                 _settle()
-                return False
+                return not self.is_alive()
             # whoever is leaving must not be disturbed: Python's own clearing up would be
             if self._leaving.acquire(blocking=False):
                 _raise_in(self, insistent=waited > GRACE / 4)
                 self._leaving.release()
-            for other in threading.enumerate():
-                if type(other).__module__.startswith("numba."):  # of a simulated kernel
-                    _raise_in(other)
+            for other in _simulated():
+                _raise_in(other)
+                other.join(0.01)
             self.join(0.01)
         self._release()
         if self._told:
@@ -212,6 +219,25 @@ class _Answer(threading.Thread):
     def _release(self) -> None:
         for limit in self._limits:
             limit.release(self)
+
+
+def _simulated() -> list[threading.Thread]:
+    """Return the threads of a kernel that Numba simulates."""
+    return [t for t in threading.enumerate() if type(t).__module__.startswith("numba.")]
+
+
+@atexit.register
+def _leave() -> None:
+    """Wait for who goes on in the background: BLAS cannot end with the process in a product."""
+    running = [t for t in threading.enumerate() if isinstance(t, _Answer)]
+    end = time.perf_counter() + AT_EXIT
+    for answer in running:
+        answer.join(max(0.0, end - time.perf_counter()))
+    if any(answer.is_alive() for answer in running):
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):
+                stream.flush()
+        os._exit(0)
 
 
 @cache

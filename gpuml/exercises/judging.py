@@ -6,6 +6,7 @@ forgotten, an operand transposed. Whoever gets the result of one of those gets i
 
 from __future__ import annotations
 
+import builtins
 import copy
 import dis
 import inspect
@@ -14,7 +15,8 @@ import reprlib
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any, TypeAlias
 
@@ -28,9 +30,19 @@ Case: TypeAlias = dict[str, Any]  # arguments by name, arrays on the host
 Mistakes: TypeAlias = Callable[..., Any] | tuple[Callable[..., Any], ...]
 
 PRODUCTS = frozenset({"@", "matmul", "dot", "einsum", "tensordot", "inner", "vdot", "multi_dot"})
+PRODUCTS |= {"__matmul__", "__rmatmul__", "matrix", "asmatrix", "vecdot", "matvec", "vecmat"}
 PRODUCTS |= {"batched_matmul", "blocked_matmul", "split_matmul"}
+LOOPS = frozenset({"vectorize", "frompyfunc", "apply_along_axis"})  # which only look like none
 TOLERANCES = {"float16": 1e-2, "float32": 1e-4, "float64": 1e-9}
+PACKAGE = str(Path(__file__).parents[1])
 NO_ANSWER = "there is no answer yet. Replace `raise NotImplementedError()`."
+# Hints for exceptions, by the names of their classes, beside those of the exercises.
+RAISED = {
+    "UnboundLocalError": "a name that a function assigns to is its own: give it a value first.",
+    "NameError": "run the cell that defines this name: after a restart all cells must run again.",
+    "RecursionError": "does your function call itself, without an end?",
+}
+NEARLY = "nearly right: was a small number added, or is there float32 in between?"
 BRIEF = reprlib.Repr()
 BRIEF.maxother = BRIEF.maxstring = BRIEF.maxlong = 100
 MOST_SHOWN = 200  # characters of a value, in a message
@@ -133,7 +145,7 @@ def complaint(
     memory_limit : int
         Bytes, in the host's memory and on the device.
     """
-    problem = _unusable(exercise, answer)
+    problem = _in_any_case(_unusable, exercise, answer)
     if problem:
         return problem, ""
     printed, hints, fallback = "", [], ""
@@ -141,7 +153,7 @@ def complaint(
         call = _called(exercise, answer, case, device, time_limit, memory_limit)
         printed = (printed + call.run.printed)[:MOST_PRINTED]
         if problem is None:
-            problem = _judged(exercise, answer, call)
+            problem = _in_any_case(_judged, exercise, answer, call)
             fallback = call.fallback
             guess = problem and not call.known
             hints = _matching(exercise, exercise.mistakes, call) if guess else []
@@ -158,6 +170,14 @@ def complaint(
     elif problem and (hints or fallback):
         problem += f"\nHint: {hints[0] if hints else fallback}"
     return problem, printed
+
+
+def _in_any_case(judge: Callable[..., str | None], *arguments: Any) -> str | None:
+    """Return what is said about something; that nothing can be, if it raises when looked at."""
+    try:
+        return judge(*arguments)
+    except Exception as error:
+        return f"the result cannot be compared: {_error_text(error)}."
 
 
 @dataclass
@@ -185,6 +205,7 @@ def _called(
 ) -> _Call:
     expected = _outcome(exercise, exercise.solve, case)
     given, kept = (_on_device(copy.deepcopy(case), device) for _ in range(2))
+    changed = _to_change(exercise, given)
     launch = exercise.launch or _plain_call
     run = run_bounded(
         lambda: launch(answer, **given),
@@ -192,9 +213,15 @@ def _called(
         time_limit=time_limit,
         memory_limit=memory_limit,
     )
-    got = tuple(given[name] for name in exercise.changes) if exercise.changes else run.value
+    got = changed if exercise.changes else run.value
     place = CPU if exercise.host_result else device
     return _Call(case, given, kept, run, expected, got, place)
+
+
+def _to_change(exercise: Exercise, given: Case) -> tuple[Any, ...]:
+    """Return the arrays themselves, whatever may take their places in a list."""
+    changes = [given[name] for name in exercise.changes]
+    return tuple(list(value) if isinstance(value, list) else value for value in changes)
 
 
 def _plain_call(answer: Any, **arguments: Any) -> Any:
@@ -218,14 +245,20 @@ def _unusable(exercise: Exercise, answer: Any) -> str | None:
     code = getattr(function, "__code__", None)
     if exercise.launch and code is not None and "NotImplementedError" in code.co_names:
         return NO_ANSWER  # a GPU would not raise it
-    try:
-        inspect.signature(function).bind(*exercise.parameters)
-    except TypeError:
+    with suppress(ValueError):  # a function of C has no signature: let it be called
         got = inspect.signature(function)
-        return f"expected parameters {wanted}, got {got}. The order counts, the names are yours."
-    except ValueError:
-        pass  # a function of C has no signature: let it be called
+        swapped = sorted(got.parameters) == sorted(exercise.parameters) != exercise.parameters
+        try:
+            got.bind(*exercise.parameters)
+        except TypeError:
+            swapped = True
+        if swapped and list(got.parameters) != exercise.parameters:
+            return (
+                f"expected parameters {wanted}, got {got}. The order counts, the names are yours."
+            )
     used = set(uses(answer))
+    if "input" in used:
+        return "do not ask for `input`: the function gets all that it needs as arguments."
     if exercise.needed and exercise.needed not in used:
         return f"your function does not use `{exercise.needed}`: {exercise.because}"
     found = sorted(used & exercise.forbidden)
@@ -253,17 +286,22 @@ def _judged(exercise: Exercise, answer: Any, call: _Call) -> str | None:
         assert run.error is not None
         if isinstance(run.error, NotImplementedError) and not str(run.error):
             return NO_ANSWER
-        names = [cls.__name__ for cls in type(run.error).__mro__]
-        known = [exercise.raised[name] for name in names if name in exercise.raised]
-        call.known = bool(known)
-        call.fallback = [*known, "follow the shapes through your code, line by line."][0]
+        hints = RAISED | dict(exercise.raised)
+        names = [cls.__name__ for cls in type(run.error).__mro__ if cls.__name__ in hints]
+        call.known = bool(names)
+        shapes = "follow the shapes through your code, line by line."
+        call.fallback = hints[names[0]] if names else shapes
         return where + _about_error(answer, run.error)
     changed = _changed(exercise, call)
     if changed:
+        call.known = True
+        new, kept = f"{changed}.copy()", call.kept[changed]
+        if isinstance(kept, list) and _is_array(kept[0]):
+            new = f"[{changed[0]}.copy() for {changed[0]} in {changed}]"
         return (
             f"{where}it changed its argument `{changed}`, which belongs to the caller. An "
-            f"operation such as `{changed} -= …` or `{changed}[…] = …` works in place: compute a "
-            f"new array, or begin with `{changed} = {changed}.copy()`."
+            f"operation such as `{changed} -= …` or `{changed}[…] = …` works in place: compute "
+            f"something new, or begin with `{changed} = {new}`."
         )
     if call.got is None and call.expected is not None:
         if run.printed.strip():
@@ -277,31 +315,33 @@ def _judged(exercise: Exercise, answer: Any, call: _Call) -> str | None:
         if seen:
             return where + seen
     problem = _difference(exercise, call.got, call.expected, call.place)
-    call.fallback = exercise.otherwise
-    return where + problem if problem else None
+    if problem is None:
+        return None
+    rough = replace(exercise, tolerance=1e-3)
+    nearly = _difference(rough, call.got, call.expected, call.place) is None
+    call.fallback = NEARLY if nearly else exercise.otherwise
+    return where + problem
 
 
 def _about_error(answer: Any, error: BaseException) -> str:
-    said = _short(str(error))
-    text = f"it raised {type(error).__name__}{': ' + said if said else ''}"
     place = _place(answer, error)
-    if place:
-        text += f", in `{place}`"
-    return f"{text}."
+    return f"it raised {_error_text(error)}{f', in `{place}`' if place else ''}."
+
+
+def _error_text(error: BaseException) -> str:
+    said = ""
+    with suppress(Exception):  # of its own __str__
+        said = _short(str(error))
+    return f"{type(error).__name__}{': ' + said if said else ''}"
 
 
 def _place(answer: Any, error: BaseException) -> str:
     """Return the last line of the answer's own code on the way to an error."""
-    code = getattr(getattr(answer, "py_func", answer), "__code__", None)
-    if code is None:
-        return ""
-    frames = [
-        f for f in traceback.extract_tb(error.__traceback__) if f.filename == code.co_filename
-    ]
+    files = {function.__code__.co_filename for function in _behind(answer)}
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename in files]
     if not frames:
         return ""
-    line = frames[-1].lineno or 0
-    return linecache.getline(code.co_filename, line).strip()
+    return linecache.getline(frames[-1].filename, frames[-1].lineno or 0).strip()
 
 
 def _matching(exercise: Exercise, hints: Iterable[str], call: _Call) -> list[str]:
@@ -319,14 +359,29 @@ def _does_the_same(exercise: Exercise, mistake: Callable[..., Any], call: _Call)
     try:
         wrong = _outcome(exercise, mistake, call.case)
     except Exception as error:
-        return type(error) is type(call.run.error)
+        return _same_error(call.run.error, error)
     if call.run.error is not None:
         return False
-    return _difference(exercise, call.got, wrong, call.place) is None
+    with suppress(Exception):  # of a result that cannot be compared
+        return _difference(exercise, call.got, wrong, call.place) is None
+    return False
+
+
+def _same_error(error: BaseException | None, wrong: Exception) -> bool:
+    """Whether both say the same, of operands in any order, or one in a library's own words."""
+    if error is None or type(error) is not type(wrong):
+        return False
+    if sorted(_error_text(error).split()) == sorted(_error_text(wrong).split()):
+        return True
+    last = traceback.extract_tb(error.__traceback__)[-1:]
+    return any(f.filename.startswith(PACKAGE) or "cupy" in f.filename for f in last)
 
 
 def _difference(exercise: Exercise, got: Any, expected: Any, device: Device) -> str | None:
-    if exercise.what_counts is not None and isinstance(got, list) and len(got) == len(expected):
+    group = isinstance(got, tuple | list)
+    if any(isinstance(part, np.ma.MaskedArray) for part in (got if group else [got])):
+        return "the result is a masked array, which hides numbers: give an ordinary one."
+    if exercise.what_counts is not None and group and len(got) == len(expected):
         with suppress(Exception):  # of a result that is no such thing at all
             got, expected = exercise.what_counts(got), exercise.what_counts(expected)
     if not exercise.changes:
@@ -341,9 +396,10 @@ def _difference(exercise: Exercise, got: Any, expected: Any, device: Device) -> 
 def _outcome(exercise: Exercise, function: Callable[..., Any], case: Case) -> Any:
     """Return what a function of ours returns, or makes of the arguments that it is to change."""
     given = copy.deepcopy(case)
+    changed = _to_change(exercise, given)
     with np.errstate(all="ignore"):
         returned = function(*given.values())
-    return tuple(given[name] for name in exercise.changes) if exercise.changes else returned
+    return changed if exercise.changes else returned
 
 
 def _changed(exercise: Exercise, call: _Call) -> str | None:
@@ -354,12 +410,16 @@ def _changed(exercise: Exercise, call: _Call) -> str | None:
 
 
 def _same(a: Any, b: Any) -> bool:
+    if type(a) is not type(b):
+        return False
     if isinstance(a, list | tuple):
         return len(a) == len(b) and all(map(_same, a, b))
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, int | float | str | np.generic):
+        return bool(a == b or (a != a and b != b))  # nan is no other nan
     if not _is_array(a):
-        return True  # numbers cannot be changed, and tools may
+        return True  # tools may change
     x, y = to_host(a), to_host(b)
     return x.shape == y.shape and np.array_equal(x, y, equal_nan=x.dtype.kind in "fc")
 
@@ -390,6 +450,8 @@ def difference(got: Any, expected: Any, device: Device, tolerance: float | None)
         return _different_parts(got, expected, device, tolerance)
     if isinstance(expected, np.ndarray):
         return _different_arrays(got, expected, device, tolerance)
+    if isinstance(got, np.str_):
+        got = str(got)
     if isinstance(expected, bool) and (isinstance(got, np.bool_) or _is_array(got)):
         return "expected True or False, got an array of them: `bool(…)` makes one of one element."
     if isinstance(expected, str | slice | bool) or expected is None:
@@ -462,7 +524,17 @@ def _first_wrong(got: Any, expected: Any, wrong: Any) -> str:
     at = tuple(int(i) for i in np.argwhere(wrong)[0])
     share = f"{wrong.sum():,} of {wrong.size:,} numbers are wrong"
     place = f"[{', '.join(map(str, at))}]" if at else ""
-    return f"{share}; the first, {place}, should be {expected[at]:.5g} and is {got[at]:.5g}."
+    right, is_now = _told_apart(expected[at], got[at], 5)
+    return f"{share}; the first, {place}, should be {right} and is {is_now}."
+
+
+def _told_apart(expected: Any, got: Any, digits: int) -> tuple[str, str]:
+    """Return two numbers with so many digits, or as many more as it takes to see a difference."""
+    for more in range(digits, 18):
+        texts = f"{expected:.{more}g}", f"{got:.{more}g}"
+        if texts[0] != texts[1]:
+            break
+    return texts
 
 
 def _factor(got: Any, expected: Any) -> str:
@@ -473,6 +545,8 @@ def _factor(got: Any, expected: Any) -> str:
     ratios = got[nonzero] / expected[nonzero]
     ratio = float(np.median(ratios))
     if not np.isfinite(ratio) or abs(ratio) < 1e-12 or np.ptp(ratios) > 1e-3 * abs(ratio):
+        return ""
+    if abs(ratio - 1) < 1e-3:
         return ""
     return f" All are {ratio:.4g} times what they should be."
 
@@ -493,7 +567,8 @@ def _different_numbers(got: Any, expected: Any, tolerance: float | None) -> str 
     ratio = value / expected if expected else np.nan
     told = np.isfinite(ratio) and ratio and abs(ratio - 1) > 0.01
     times = f" That is {ratio:.4g} times as much." if told else ""
-    return f"expected {expected:.6g}, got {value:.6g}.{times}"
+    right, is_now = _told_apart(expected, value, 6)
+    return f"expected {right}, got {is_now}.{times}"
 
 
 # --- what a function uses ----------------------------------------------------------------------
@@ -506,15 +581,30 @@ def uses(answer: Any) -> Iterator[str]:
     that happens to be called ``dot`` is no library function.
     """
     seen: set[CodeType] = set()
-    waiting = [getattr(answer, "py_func", answer)]
+    waiting = [*_behind(answer)]
     while waiting:
         function = waiting.pop()
-        if not isinstance(function, FunctionType) or function.__code__ in seen:
+        if function.__code__ in seen:
             continue
         for code in _all_code(function.__code__):
             seen.add(code)
             for step in dis.get_instructions(code):
                 yield from _used(step, function, waiting)
+
+
+def _behind(value: Any) -> Iterator[FunctionType]:
+    """Yield the functions in Python behind a kernel, a partial, a method, a decorated one."""
+    for _ in range(20):  # some refer to themselves
+        if isinstance(value, FunctionType):
+            yield value
+        ways = ("py_func", "pyfunc", "func", "__func__", "__wrapped__")
+        further = [getattr(value, way) for way in ways if hasattr(value, way)]
+        if further:
+            value = further[0]
+        elif isinstance(value, FunctionType):
+            return
+        else:
+            value = vars(type(value)).get("__call__")
 
 
 def _used(step: dis.Instruction, function: FunctionType, waiting: list[Any]) -> Iterator[str]:
@@ -524,14 +614,16 @@ def _used(step: dis.Instruction, function: FunctionType, waiting: list[Any]) -> 
     elif step.opname == "FOR_ITER" or "JUMP_BACKWARD" in step.opname:
         yield "for"
     elif step.opname in ("LOAD_ATTR", "LOAD_METHOD", "IMPORT_FROM"):
-        yield name
+        yield "for" if name in LOOPS else name
     elif step.opname in ("LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF"):
         value = _lookup(name, function)
-        own = getattr(value, "py_func", value)
-        if isinstance(own, FunctionType) and own.__globals__ is function.__globals__:
-            waiting.append(own)
-        elif callable(value):
-            yield str(getattr(value, "__name__", name))
+        own = [f for f in _behind(value) if f.__globals__ is function.__globals__]
+        waiting += own
+        if value is None and hasattr(builtins, name):
+            yield name
+        elif callable(value) and (not own or type(value).__name__ in LOOPS):
+            names = {type(value).__name__, str(getattr(value, "__name__", name))}
+            yield from ({"for"} if names & LOOPS else names)
 
 
 def _lookup(name: str, function: FunctionType) -> Any:
@@ -586,6 +678,8 @@ def _plain(value: Any) -> str:
 def _kind(value: Any) -> str:
     if _is_array(value):
         return f"an array of shape {value.shape}"
+    if isinstance(value, np.generic):
+        return f"{type(value).__name__}: {_text(value.item())}"
     if value is None:
         return "nothing (None)"
     if callable(value):
@@ -597,6 +691,8 @@ def _kind(value: Any) -> str:
 
 def _text(value: Any) -> str:
     """Return what a value looks like, however large it is, or says that it is."""
+    if isinstance(value, bool):
+        return str(value)
     if isinstance(value, int | np.integer) and abs(int(value)) < 10**15:
         return f"{value:,}"
     try:
@@ -615,7 +711,7 @@ def _is_array(a: Any) -> bool:
         array_module(a)
     except TypeError:
         return False
-    return hasattr(a, "shape")
+    return not isinstance(a, np.generic)
 
 
 def _on_device(value: Any, device: Device) -> Any:

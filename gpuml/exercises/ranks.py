@@ -82,13 +82,15 @@ def _one_round(arrays: Any) -> None:
 
 
 def _only_root(arrays: Any) -> None:
-    arrays[0][...] = sum(arrays)
+    copies = [a.copy() for a in arrays]
+    _tree_all_reduce(copies)
+    arrays[0][...] = copies[0]
 
 
 def _mean(arrays: Any) -> None:
-    total = sum(arrays) / len(arrays)
+    _tree_all_reduce(arrays)
     for a in arrays:
-        a[...] = total
+        a /= len(arrays)
 
 
 def _nothing(arrays: Any) -> None:
@@ -156,6 +158,8 @@ EXERCISES = {
         solve=_tree_all_reduce,
         cases=_of_ranks,
         changes=("arrays",),
+        forbidden=frozenset({"sum"}),
+        instead="the sum is to come from rounds, in which partners exchange what they have.",
         mistakes={
             "A partner read what had just been changed. Both send at the same time: copy the "
             "messages of a round before anybody adds.": _not_at_once,

@@ -110,10 +110,21 @@ def _schedules(rng: np.random.Generator) -> list[Case]:
     return [{"copies": c, "products": p} for c, p in times]
 
 
+def _too_few(a: Any, b: Any, tile: int, depth: int, multiply: Any) -> str | None:
+    n_products, n_tiles = multiply.__self__.n_products, a.shape[0] // tile * (b.shape[1] // tile)
+    if n_products >= max(1, n_tiles):
+        return None
+    return (
+        f"`multiply` was called {n_products} times. Here the products of tiles are to be made by "
+        "`multiply` alone, and each tile of the result needs at least one."
+    )
+
+
 EXERCISES = {
     "tiled_product": Exercise(
         solve=_tiled_product,
         cases=_to_tile,
+        watch=_too_few,
         forbidden=PRODUCTS,
         instead="here the products of tiles are to be made by `multiply` alone.",
         mistakes={
