@@ -29,6 +29,7 @@ from gpuml.exercises.judging import complaint, uses
 FOLDER = Path(__file__).parent.parent / "notebooks" / "exercises"
 SOURCES = sorted(FOLDER.glob("*.ipynb"))
 
+SAME = "train.max(axis=0) == train.min(axis=0)"
 # What somebody might write instead, as a change of the right answer, and words of the hint.
 WRONG = {
     "there_and_back": [
@@ -40,6 +41,11 @@ WRONG = {
         ("there**2 + 1", "there**2", "plus one"),
         ("there**2 + 1", "(there + 1)**2", "before squaring"),
         ("there**2 + 1", "device.asarray(values)**2 + 1", "called 2 times"),
+        (
+            "device.asarray(values)\n    return gpuml.to_host(there**2 + 1)",
+            "device.asarray([v * v + 1 for v in values])\n    return gpuml.to_host(there)",
+            "something else than `values`",
+        ),
     ],
     "row_halves": [
         ("a[half:] @ b", "a[-half:] @ b", "A row is missing"),
@@ -51,6 +57,7 @@ WRONG = {
         ),
         ("a[:half] @ b, a[half:] @ b", "b[:half] @ a, b[half:] @ a", "the order of factors counts"),
         ("a[:half] @ b, a[half:] @ b", "a @ b", "expected a tuple of 2, got an array"),
+        ("len(a) // 2", "-(-len(a) // 2)", "the rest belongs to the lower"),
     ],
     "relative_error": [
         (" / xp.linalg.norm(exact)", "", "*absolute* error"),
@@ -74,12 +81,19 @@ WRONG = {
         ("itemsize *", "", "per *number*"),
         (" + m * n", "", "must be written, too"),
         ("n_operations / n_bytes", "n_bytes / n_operations", "bytes per operation"),
+        ("2 * m * k * n", "m * n * (2 * k - 1)", "begins at 0"),
     ],
     "break_even": [
         ("launch_gpu - launch_cpu", "launch_cpu - launch_gpu", "sign is wrong"),
         ("1 / rate_cpu - 1 / rate_gpu", "1 / rate_cpu", "1 / rate_gpu is missing"),
         ("launch_gpu - launch_cpu", "launch_gpu", "not free"),
         ("/ (1 / rate_cpu - 1 / rate_gpu)", "* (rate_gpu - rate_cpu)", "not rates"),
+        (
+            "(launch_gpu - launch_cpu) / (1 / rate_cpu - 1 / rate_gpu)",
+            "abs((launch_gpu - launch_cpu) / (1 / rate_cpu - 1 / rate_gpu))",
+            "leave the sign",
+        ),
+        ("1 / rate_cpu - 1 / rate_gpu", "abs(1 / rate_cpu - 1 / rate_gpu)", "leave the sign"),
     ],
     "predicted_seconds": [
         ("max(memory, arithmetic)", "memory + arithmetic", "not their sum"),
@@ -121,6 +135,7 @@ WRONG = {
         ("share * free // each", "free // each", "not the share"),
         ("max(1, int(share * free // each))", "int(share * free // each)", "makes no progress"),
         ("int(share * free // each)", "1 + int(share * free // each)", "rounded up"),
+        ("share * free // each", "share * (free // each)", "rounded down twice"),
     ],
     "tiled_product": [
         ("+= multiply", "= multiply", "*add* its product"),
@@ -145,12 +160,19 @@ WRONG = {
             "The tiles are swapped",
         ),
         ("* columns_of_tiles + k * n * rows_of_tiles", "+ k * n", "A and B once"),
+        (
+            "m * k * columns_of_tiles + k * n * rows_of_tiles",
+            "k * (tile_m + tile_n) * columns_of_tiles * rows_of_tiles",
+            "at the edge are smaller",
+        ),
     ],
     "double_buffered": [
         ("done[-2]", "done[-1]", "one after the other"),
         ("done[-2])", "0.0)", "With *two* buffers"),
         ("return done[-1]", "return max(sum(copies), sum(products))", "bound from below"),
         ("return done[-1]", "return done[-2]", "expected"),
+        ("done[-2])", "done[-3] if len(done) > 3 else 0.0)", "expected"),
+        ("max(copied[-1], done[-1]) + product", "copied[-1] + product", "one before as well"),
     ],
     "gradient": [
         ("2 / Y.size", "2", "divide by the number of *all* its terms"),
@@ -172,6 +194,14 @@ WRONG = {
         ("2 / len(X) * ", "", "The Hessian is 2 / n"),
         ("[-1]", "[0]", "flattest direction"),
         ("2 / len(X) * ", "1 / len(X) * ", "a factor 2"),
+        *(
+            (
+                "xp.linalg.eigvalsh(hessian)[-1]",
+                f"np.linalg.eigvals(gpuml.to_host(hessian))[{place}]",
+                "in any order",
+            )
+            for place in (0, -1)
+        ),
     ],
     "momentum_step": [
         (
@@ -183,6 +213,11 @@ WRONG = {
         ("W - learning_rate", "W + learning_rate", "Against the gradient"),
         ("W - learning_rate * V, V", "V, W - learning_rate * V", "wrong order"),
         ("V = momentum * V + gradient", "V *= momentum; V += gradient", "changed its argument `V`"),
+        ("W - learning_rate", "W - (1 - momentum)", "keeps the share β"),
+        ("momentum * V", "(1 - learning_rate) * V", "keeps the share β"),
+        ("momentum * V", "(1 - momentum) * V", "keeps the share β"),
+        ("learning_rate * V,", "0.05 * V,", "are wrong"),
+        ("momentum * V", "0.9 * V", "are wrong"),
     ],
     "standardise": [
         (
@@ -192,7 +227,19 @@ WRONG = {
             "of their own",
         ),
         ("    mean,", "    both = xp.concatenate([train, held_out])\n    mean,", None),
-        ("    spread = xp.where(spread == 0, 1, spread)\n", "", "0 / 0 is not a number"),
+        (f"    spread = xp.where({SAME}, 1, spread)\n", "", "0 / 0 is not a number"),
+        (SAME, "spread == 0", "is 2e-16, not 0"),
+        (
+            f"    spread = xp.where({SAME}, 1, spread)\n"
+            "    return (train - mean) / spread, (held_out - mean) / spread",
+            "    return tuple(xp.nan_to_num((a - mean) / spread) for a in (train, held_out))",
+            "x / 0 is infinite",
+        ),
+        (
+            "(held_out - mean) / spread",
+            f"xp.where({SAME}, 0, (held_out - mean) / spread)",
+            "in `held_out` it may be another one",
+        ),
         ("train.mean(axis=0), train.std(axis=0)", "train.mean(), train.std()", "`axis=0`"),
         ("train.std(axis=0)", "train.var(axis=0)", "variance"),
     ],
@@ -202,12 +249,28 @@ WRONG = {
         ("e.sum(axis=1, keepdims=True)", "e.sum()", "share one sum"),
         (" / e.sum(axis=1, keepdims=True)", "", "divide them by their sum"),
         ("z.max(axis=1, keepdims=True)", "z.max()", "largest logit of *all* rows"),
+        *(
+            ("z.max(axis=1, keepdims=True)", other, "large logit is infinite")
+            for other in (
+                "z.mean(axis=1, keepdims=True)",
+                "z.min(axis=1, keepdims=True)",
+                "xp.median(z, axis=1, keepdims=True)",
+                "z[:, :1]",
+            )
+        ),
+        ("z.max(axis=1, keepdims=True)", "abs(z).max(axis=1, keepdims=True)", "with its sign"),
+        ("z - z.max(axis=1, keepdims=True)", "xp.clip(z, -500, 500)", "are wrong"),
     ],
     "cross_entropy": [
         ("p / len(z)", "p", "has a 1 / n as well"),
         ("-xp.log", "xp.log", "*negative* logarithm"),
         ("-= 1", "+= 1", "1 was added"),
         ("    p[rows, labels] -= 1\n", "", "These are the probabilities"),
+        (
+            "-xp.log(p[rows, labels]).mean()\n    p[rows, labels] -= 1",
+            "-xp.log(p[rows, labels]).mean()\n    p = p - xp.eye(int(labels.max()) + 1)[labels]",
+            "a row of the last class",
+        ),
     ],
     "backward": [
         (" * (a > 0)", "", "ReLU is missing on the way back"),
@@ -248,6 +311,12 @@ WRONG = {
             "gradient += velocity; velocity[...] = gradient",
             "changed its argument `gradient`",
         ),
+        ("*= momentum", "*= 1 - momentum", "not the one that is lost"),
+        ("+= gradient", "+= (1 - momentum) * gradient", "counts in full"),
+        ("*= momentum", "*= momentum**2", "are wrong"),
+        ("-= rate", "-= 2 * rate", "are wrong"),
+        ("*= momentum", "*= 0.9", "are wrong"),
+        ("-= rate", "-= 0.05", "are wrong"),
     ],
     "amdahl": [
         ("1 / (1 - share + share / factor)", "1 - share + share / factor", "its inverse"),
@@ -266,6 +335,8 @@ WRONG = {
         ("math.ceil", "math.floor", "rounded down"),
         ("math.log(miss) / math.log(1 - p)", "math.log(1 - p) / math.log(miss)", "upside down"),
         ("math.log(miss) / math.log(1 - p)", "1 / p", "*one* hit"),
+        ("math.ceil(", "1 + int(", "One run too many"),
+        ("math.ceil(", "1 + math.floor(", "One run too many"),
     ],
     "layer_of_many": [
         ("b[:, None, :]", "b", "The bias lacks an axis"),
@@ -310,6 +381,20 @@ WRONG = {
             "return sorted(order[: max(1, len(losses) // factor)])",
             "the best first",
         ),
+        ("len(losses) // factor", "round(len(losses) / factor)", "rounded *down*"),
+        ("len(losses) // factor", "math.ceil(len(losses) / factor)", "rounded *down*"),
+        (
+            "return order[",
+            "return [i for i in order if losses[i] == losses[i]][",
+            "here nobody was left",
+        ),
+        ("return order[", "return [losses.index(losses[i]) for i in order][", "finds the first"),
+        (
+            "    return order[: max(1, len(losses)",
+            "    order = [i for i in order if losses[i] == losses[i]]\n"
+            "    return order[: max(1, len(order)",
+            "*all* models goes on",
+        ),
     ],
     "shards": [
         ("n_rows * rank // world_size", "n_rows // world_size * rank", "belong to nobody"),
@@ -320,6 +405,9 @@ WRONG = {
             "min(n_rows, -(-n_rows // world_size) * rank)",
             "Rounded up",
         ),
+        ("n_rows * rank // world_size", "n_rows * rank / world_size", "`/` gives fractions"),
+        ("edges[r + 1])", "edges[r + 1], 2)", "with steps"),
+        ("edges[r + 1])", "edges[r + 1] if r + 1 < world_size else None)", "no whole numbers"),
     ],
     "weighted_gradient": [
         ("n / total * g", "g / len(rows)", "the plain mean"),
@@ -451,6 +539,97 @@ WRONG = {
             "xp.allclose(result, reference)",
             "knows neither",
         ),
+        ("np.finfo(reference.dtype)", "np.finfo(result.dtype)", "may have another type"),
+        ("xp.abs(reference).max()", "xp.abs(result).max()", "may be of any size"),
+        ("* xp.abs(reference).max()", "* reference.max()", "may be a negative one"),
+        ("* xp.abs(reference).max()", "* xp.abs(reference.max())", "expected"),
+        ("= 4 *", "= 8 *", "The factor is 4"),
+        ("= 4 *", "= 1 *", "The factor is 4"),
+    ],
+}
+# What is right as well.
+RIGHT = {
+    "there_and_back": [
+        ("device.asarray(values)", "device.asarray(np.array(values))"),
+        ("device.asarray(values)", "device.asarray(tuple(values))"),
+    ],
+    "row_halves": [("a[:half] @ b, a[half:] @ b", "(a @ b)[:half], (a @ b)[half:]")],
+    "seconds_of": [
+        (
+            "    work()\n    device.synchronize()\n    return clock() - start",
+            f"    for _ in range({n}):\n        work()\n    device.synchronize()\n"
+            f"    return (clock() - start) / {n}",
+        )
+        for n in (10, 1000)
+    ],
+    "sectors": [
+        (
+            "len({i * stride * itemsize // 32 for i in range(32)})",
+            "min(32, max(1, stride * itemsize))",
+        )
+    ],
+    "tiled_product": [("a.dtype)", "b.dtype)")],
+    "largest_stable_rate": [
+        ("xp.linalg.eigvalsh(hessian)[-1]", "xp.linalg.eigvalsh(hessian).max()"),
+        ("xp.linalg.eigvalsh(hessian)[-1]", "xp.linalg.svd(hessian)[1][0]"),
+    ],
+    "momentum_step": [("return W - learning_rate * V, V", "return [W - learning_rate * V, V]")],
+    "standardise": [
+        (SAME, "spread <= 1e-12"),
+        (SAME, "(train == train[0]).all(axis=0)"),
+        (
+            "xp.where(train.max(axis=0) == train.min(axis=0), 1, spread)",
+            "spread + (spread < 1e-12)",
+        ),
+    ],
+    "softmax": [("z - z.max(axis=1, keepdims=True)", "(z.T - z.max(axis=1)).T")],
+    "cross_entropy": [
+        (
+            "    p[rows, labels] -= 1\n    return float(loss), p / len(z)",
+            "    return float(loss), (p - xp.eye(z.shape[1])[labels]) / len(z)",
+        )
+    ],
+    "fused_update": [
+        (
+            "    velocity *= momentum\n    velocity += gradient\n    weights -= rate * velocity",
+            "    velocity[...] = momentum * velocity + gradient\n"
+            "    weights[:] = weights - rate * velocity",
+        )
+    ],
+    "restarts_for": [
+        (
+            "return math.ceil(math.log(miss) / math.log(1 - p))",
+            "n = 1\n    while (1 - p) ** n > miss:\n        n += 1\n    return n",
+        ),
+        ("math.ceil(math.log(miss) / math.log(1 - p))", "math.ceil(math.log(miss, 1 - p))"),
+    ],
+    "survivors": [
+        ("(math.isnan(losses[i]), losses[i])", "(math.isnan(losses[i]), losses[i], -i)"),
+        (
+            "(math.isnan(losses[i]), losses[i])",
+            "math.inf if math.isnan(losses[i]) else losses[i]",
+        ),
+    ],
+    "batch_size": [("int(share * free // each)", "int(share * free / each)")],
+    "break_even": [
+        (
+            "(launch_gpu - launch_cpu) / (1 / rate_cpu - 1 / rate_gpu)",
+            "(launch_gpu - launch_cpu) * rate_cpu * rate_gpu / (rate_gpu - rate_cpu)",
+        )
+    ],
+    "shards": [
+        ("slice(edges[r], edges[r + 1])", "slice(edges[r] or None, edges[r + 1], 1)"),
+        ("n_rows * rank // world_size", "int(np.linspace(0, n_rows, world_size + 1)[rank])"),
+        (
+            "edges = [n_rows * rank // world_size for rank",
+            "edges = [rank * (n_rows // world_size) + min(rank, n_rows % world_size) for rank",
+        ),
+    ],
+    "agree": [
+        (
+            "bool(difference <= tolerance * xp.abs(reference).max())",
+            "bool((xp.abs(result - reference) <= tolerance * xp.abs(reference).max()).all())",
+        )
     ],
 }
 KERNELS = {
@@ -463,6 +642,9 @@ KERNELS = {
         ("i < y.size", "i < min(8, y.size)", "Only the elements of the first block"),
         ("i < y.size", "i < 0", "Nothing was written"),
         ("@cuda.jit\n", "", "put @cuda.jit"),
+        ("i < y.size", "i < 20", "Guard"),
+        ("y[i] += alpha * x[i]", "x[i] *= alpha; y[i] += x[i]", "changed its argument `x`"),
+        ("i < y.size", "i < min(16, y.size)", "which element does each"),
     ],
     "transpose": [
         ("column, row =", "row, column =", "gives the column first"),
@@ -473,6 +655,7 @@ KERNELS = {
             "The last row and column",
         ),
         ("row < A.shape[0]", "row < 0", "Nothing was written"),
+        ("B[column, row] = A[row, column]", "B[column, row] = -A[row, column]", "which element"),
     ],
     "count_positive": [
         ("cuda.atomic.add(total, 0, 1)", "total[0] += 1", "does not use `atomic`"),
@@ -480,6 +663,11 @@ KERNELS = {
         ("x[i] > 0", "x[i] > -99", "Every element was counted"),
         ("0, 1)", "0, int(x[i]))", "added up"),
         ("i < x.size", "i < 0", "Nothing was written"),
+        (
+            "    i = cuda.grid(1)\n",
+            "    i = cuda.grid(1)\n    if i == 0:\n        total[0] = 0\n    cuda.syncthreads()\n",
+            "numbers are wrong",
+        ),
     ],
 }
 
@@ -563,6 +751,14 @@ def test_arrays_of_the_wrong_place_are_refused(device_elsewhere):
 def test_the_right_answer_is_right(device, name, capsys):
     assert check(name, answer(name), device=device) is None
     assert capsys.readouterr().out == f"{name}: right.\n"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize(
+    ("name", "old", "new"), [(name, *other) for name in RIGHT for other in RIGHT[name]]
+)
+def test_other_right_answers_are_right(device, name, old, new):
+    check(name, answer(name, old, new), device=device)
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")

@@ -11,10 +11,16 @@ from gpuml.exercises.judging import Case, Exercise, Tool
 
 
 class WatchedDevice(Tool):
-    """A device that counts what is brought to it."""
+    """A device that keeps an eye on what is brought to it.
 
-    def __init__(self) -> None:
-        self.n_trips = 0
+    Parameters
+    ----------
+    numbers : list of float
+        What should be brought.
+    """
+
+    def __init__(self, numbers: list[float]) -> None:
+        self.numbers, self.n_trips, self.all_there = np.array(numbers), 0, False
 
     @property
     def xp(self) -> Any:
@@ -24,6 +30,9 @@ class WatchedDevice(Tool):
     def asarray(self, a: Any, dtype: Any = None) -> Array:
         """Bring an array to the device."""
         self.n_trips += 1
+        brought = np.asarray(to_host(a))
+        same_size = brought.size == self.numbers.size
+        self.all_there = same_size and np.allclose(brought.ravel(), self.numbers, rtol=1e-6)
         return self.device.asarray(a, dtype)
 
     def synchronize(self) -> None:
@@ -47,6 +56,11 @@ def _trips(values: Any, device: WatchedDevice) -> str | None:
             f"`device.asarray` was called {device.n_trips} times. Each is a trip over the bus: "
             "bring the data once, and compute with what is there."
         )
+    if not device.all_there:
+        return (
+            "what was brought to the device is something else than `values`: bring the numbers as "
+            "they are, and compute there."
+        )
     return None
 
 
@@ -61,7 +75,7 @@ def _relative_error(result: Any, exact: Any) -> float:
 
 def _numbers(rng: np.random.Generator) -> list[Case]:
     lists = [[1.0, 2.0, 3.0], rng.normal(size=12).tolist()]
-    return [{"values": numbers, "device": WatchedDevice()} for numbers in lists]
+    return [{"values": numbers, "device": WatchedDevice(numbers)} for numbers in lists]
 
 
 def _pairs(rng: np.random.Generator) -> list[Case]:
@@ -104,6 +118,9 @@ EXERCISES = {
             ),
             "A row is missing: with an odd number of rows, `[half:]` must begin where `[:half]` "
             "ended.": lambda a, b: (a[: len(a) // 2] @ b, a[-(len(a) // 2) :] @ b),
+            "The upper half has M // 2 rows; the rest belongs to the lower one.": (
+                lambda a, b: (a[: (len(a) + 1) // 2] @ b, a[(len(a) + 1) // 2 :] @ b)
+            ),
             "Both halves of `a` need all of `b`; only half of the inner sum is there.": (
                 lambda a, b: (
                     a[: len(a) // 2, : len(b) // 2] @ b[: len(b) // 2],

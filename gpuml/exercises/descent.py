@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -68,8 +69,14 @@ def _largest_stable_rate(X: Any) -> float:
     return float(len(X) / _eigenvalues(X)[-1])
 
 
+def _unsorted(X: Any, *, place: int) -> float:
+    return float(len(X) / np.linalg.eigvals(X.T @ X).real[place])
+
+
 def _features(rng: np.random.Generator) -> list[Case]:
-    return [{"X": rng.normal(size=(40, 3)) * [1, 2, 0.5]}, {"X": rng.normal(size=(15, 4)) + 1}]
+    one_each = np.repeat(np.diag([0.5, 2.0, 1.0]), (5, 5, 6), axis=0)  # the steepest in the middle
+    tables = [rng.normal(size=(40, 3)) * [1, 2, 0.5], one_each, rng.normal(size=(15, 4)) + 1]
+    return [{"X": X} for X in tables]
 
 
 def _momentum_step(W: Any, V: Any, gradient: Any, learning_rate: float, momentum: float) -> Any:
@@ -78,8 +85,9 @@ def _momentum_step(W: Any, V: Any, gradient: Any, learning_rate: float, momentum
 
 
 def _rolling(rng: np.random.Generator) -> list[Case]:
-    W, V, g = rng.normal(size=(3, 4, 2))
-    return [{"W": W, "V": V, "gradient": g, "learning_rate": 0.1, "momentum": 0.9}]
+    names = ("W", "V", "gradient", "learning_rate", "momentum")
+    rates = [(0.05, 0.9), (0.2, 0.7)]  # none is 1 less another, or a power of another
+    return [dict(zip(names, (*rng.normal(size=(3, 4, 2)), *r), strict=True)) for r in rates]
 
 
 EXERCISES = {
@@ -144,6 +152,8 @@ EXERCISES = {
             ),
             "That is for the flattest direction. The steepest one decides: the largest "
             "eigenvalue.": lambda X: len(X) / _eigenvalues(X)[0],
+            "`eigvals` gives the eigenvalues in any order: take the largest of them, or "
+            "`eigvalsh`, which sorts.": tuple(partial(_unsorted, place=place) for place in (0, -1)),
             "That is the eigenvalue itself; the largest rate is 2 over it.": (
                 lambda X: 2 / len(X) * _eigenvalues(X)[-1]
             ),
@@ -163,6 +173,12 @@ EXERCISES = {
             "something else.)": lambda W, V, g, rate, beta: (
                 W - rate * (beta * V + (1 - beta) * g),
                 beta * V + (1 - beta) * g,
+            ),
+            "It is the velocity that keeps the share β, and W that moves by η V.": (
+                lambda W, V, g, rate, beta: (W - (1 - beta) * (beta * V + g), beta * V + g),
+                lambda W, V, g, rate, beta: (W - rate * ((1 - rate) * V + g), (1 - rate) * V + g),
+                lambda W, V, g, rate, beta: (W - rate * ((1 - beta) * V + g), (1 - beta) * V + g),
+                lambda W, V, g, rate, beta: (W - beta * (rate * V + g), rate * V + g),
             ),
             "Against the gradient: W minus the rate times V.": lambda W, V, g, rate, beta: (
                 W + rate * (beta * V + g),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,12 @@ def _restarts_for(p: float, miss: float) -> int:
     return math.ceil(math.log(miss) / math.log(1 - p))
 
 
+# in the third, exactly three runs
+CHANCES = ((0.5, 0.01), (0.126, 0.01), (0.5, 0.125), (0.02, 0.1))
+
+
 def _chances(rng: np.random.Generator) -> list[Case]:
-    return [{"p": p, "miss": m} for p, m in ((0.5, 0.01), (0.126, 0.01), (0.02, 0.1))]
+    return [{"p": p, "miss": m} for p, m in CHANCES]
 
 
 def _layer_of_many(x: Any, W: Any, b: Any) -> Any:
@@ -57,11 +62,46 @@ def _nan_first(losses: Any, factor: int) -> list[int]:
     return order[: max(1, len(losses) // factor)]
 
 
+def _how_many(number: Callable[[float], int]) -> Callable[[Any, int], list[int]]:
+    """Return an answer that keeps this number of n / factor."""
+    return lambda losses, factor: _survivors(losses, 1)[: max(1, number(len(losses) / factor))]
+
+
+def _diverged_left_out(losses: Any, factor: int) -> list[int]:
+    kept = [i for i in _survivors(losses, 1) if not math.isnan(losses[i])]
+    return kept[: max(1, len(losses) // factor)]
+
+
+def _diverged_not_counted(losses: Any, factor: int) -> list[int]:
+    kept = [i for i in _survivors(losses, 1) if not math.isnan(losses[i])]
+    return kept[: max(1, len(kept) // factor)]
+
+
+def _looked_up(losses: Any, factor: int) -> list[int]:
+    return [losses.index(losses[i]) for i in _survivors(losses, factor)]
+
+
+TIED = [10, 11]  # models with the same loss, in the one case that has so many
+
+
+def _either_first(kept: list[int]) -> dict[str, Any]:
+    """Return what counts: the order, except of the two with the same loss."""
+    models = list(kept)
+    for i in range(len(models) - 1):
+        if sorted(models[i : i + 2]) == TIED:
+            models[i : i + 2] = TIED
+    return {"the models": models}
+
+
 def _stages(rng: np.random.Generator) -> list[Case]:
     nan = math.nan
     losses = [
         ([0.9, 0.3, 0.5, 0.2, 0.8, 0.7], 2),
         ([nan, 0.4, 3.0, nan, 0.1, 2.0, 0.3, 5.0, 1.0], 3),
+        ([nan], 2),
+        ([0.8, 0.3, 0.5, 0.2, 0.9, 0.7, 0.1], 2),
+        ([0.8, 0.3, 0.5, 0.2, 0.9, 0.7, 0.1], 4),
+        ([0.9, 0.8, 0.7, 0.6, 0.3, 0.5, 0.1, 0.6, 1.5, 2.5, 0.2, 0.2], 3),
         ([0.6, 0.2, 0.4], 4),
     ]
     return [{"losses": values, "factor": f} for values, f in losses]
@@ -77,6 +117,9 @@ EXERCISES = {
             ),
             "It is rounded down, and one run too few misses more often than allowed.": (
                 lambda p, miss: math.floor(math.log(miss) / math.log(1 - p))
+            ),
+            "One run too many if the quotient is a whole number: `math.ceil` leaves it alone.": (
+                lambda p, miss: 1 + math.floor(math.log(miss) / math.log(1 - p))
             ),
             "The fraction is upside down.": lambda p, miss: math.ceil(
                 math.log(1 - p) / math.log(miss)
@@ -141,6 +184,7 @@ EXERCISES = {
     "survivors": Exercise(
         solve=_survivors,
         cases=_stages,
+        what_counts=_either_first,
         mistakes={
             "These are the worst: keep those with the *lowest* losses.": _worst,
             "A loss that is nan belongs to a model that diverged, and was kept. nan is not "
@@ -150,6 +194,18 @@ EXERCISES = {
             "That is how many are *dropped*; a `factor`-th of them stays.": lambda losses, factor: (
                 _survivors(losses, 1)[: max(1, len(losses) - len(losses) // factor)]
             ),
+            "The number of those that stay is rounded *down*: `len(losses) // factor`.": (
+                _how_many(round),
+                _how_many(math.ceil),
+            ),
+            "Who has diverged goes on if there is nobody else; here nobody was left.": (
+                _diverged_left_out
+            ),
+            "One in `factor` of *all* models goes on; those that have diverged count as well.": (
+                _diverged_not_counted
+            ),
+            "Two models have the same loss, and `index` finds the first of them twice: sort the "
+            "indices, and do not look for losses.": _looked_up,
             "These are losses; asked for are the numbers of the models.": lambda losses, factor: [
                 losses[i] for i in _survivors(losses, factor)
             ],

@@ -12,7 +12,7 @@ from gpuml.exercises.judging import Case, Exercise
 
 def _standardise(train: Any, held_out: Any) -> Any:
     mean, spread = train.mean(axis=0), train.std(axis=0)
-    spread = np.where(spread == 0, 1, spread)
+    spread = np.where(train.max(axis=0) == train.min(axis=0), 1, spread)
     return (train - mean) / spread, (held_out - mean) / spread
 
 
@@ -30,21 +30,41 @@ def _no_guard(train: Any, held_out: Any) -> Any:
     return (train - mean) / spread, (held_out - mean) / spread
 
 
+def _exact_guard(train: Any, held_out: Any) -> Any:
+    mean, spread = train.mean(axis=0), train.std(axis=0)
+    spread = np.where(spread == 0, 1, spread)
+    return (train - mean) / spread, (held_out - mean) / spread
+
+
+def _nan_to_zero(train: Any, held_out: Any) -> Any:
+    return tuple(np.nan_to_num(part) for part in _no_guard(train, held_out))
+
+
+def _held_out_zero(train: Any, held_out: Any) -> Any:
+    first, second = _standardise(train, held_out)
+    return first, np.where(train.max(axis=0) == train.min(axis=0), 0, second)
+
+
 def _one_mean(train: Any, held_out: Any) -> Any:
     return (train - train.mean()) / train.std(), (held_out - train.mean()) / train.std()
 
 
 def _by_variance(train: Any, held_out: Any) -> Any:
     mean, spread = train.mean(axis=0), train.var(axis=0)
-    spread = np.where(spread == 0, 1, spread)
+    spread = np.where(train.max(axis=0) == train.min(axis=0), 1, spread)
     return (train - mean) / spread, (held_out - mean) / spread
 
 
 def _tables(rng: np.random.Generator) -> list[Case]:
     scale, shift = np.array([1, 20, 0.1]), np.array([0, 100, -3])
     plain = rng.normal(size=(30, 3)) * scale + shift, rng.normal(size=(8, 3)) * scale + shift
-    constant = [np.column_stack([part, np.full(len(part), 7.0)]) for part in plain]
-    return [{"train": a, "held_out": b} for a, b in (plain, constant)]
+    cases = [plain]
+    for value in (7.0, 1.39):  # thirty of the latter have another mean, in any order of adding
+        constant, other = np.full(len(plain[0]), value), value + np.arange(len(plain[1])) % 2
+        new = zip(plain, (constant, other), strict=True)
+        train, held_out = (np.column_stack([part, column]) for part, column in new)
+        cases.append((train, held_out))
+    return [{"train": a, "held_out": b} for a, b in cases]
 
 
 def _softmax(z: Any) -> Any:
@@ -56,6 +76,13 @@ def _of_rows(z: Any) -> Any:
     return z.max(axis=1, keepdims=True)
 
 
+# what may be far below the largest logit of a row
+_TOO_LITTLE = (
+    *(partial(f, axis=1, keepdims=True) for f in (np.mean, np.median, np.min)),
+    lambda z: z[:, :1],
+)
+
+
 def _divided_by(z: Any, *, most: Any, total: Any) -> Any:
     e = np.exp(z - most(z))
     return e / total(e)
@@ -63,7 +90,9 @@ def _divided_by(z: Any, *, most: Any, total: Any) -> Any:
 
 def _logits(rng: np.random.Generator) -> list[Case]:
     z = rng.normal(size=(5, 4))
-    return [{"z": z}, {"z": 10 * rng.normal(size=(4, 4))}, {"z": np.concatenate([z, z + 1000])}]
+    wide = np.array([[1000.0, 0, -1000, 3], [3, -1000, 0, 1000], [-1000, 3, 2, 1]])
+    tables = [z, 10 * rng.normal(size=(4, 4)), np.concatenate([z, z + 1000]), wide]
+    return [{"z": table} for table in tables]
 
 
 def _cross_entropy(z: Any, labels: Any) -> Any:
@@ -74,8 +103,16 @@ def _cross_entropy(z: Any, labels: Any) -> Any:
 
 
 def _labelled(rng: np.random.Generator) -> list[Case]:
-    sizes = [(6, 4), (9, 3)]
-    return [{"z": rng.normal(size=(n, k)), "labels": rng.integers(k, size=n)} for n, k in sizes]
+    sizes = [(6, 4, 4), (9, 3, 3), (7, 5, 3)]  # the last has classes without a row
+    return [
+        {"z": rng.normal(size=(n, k)), "labels": rng.integers(most, size=n)} for n, k, most in sizes
+    ]
+
+
+def _classes_of_the_batch(z: Any, labels: Any) -> Any:
+    right = np.eye(labels.max() + 1)[labels]
+    p = _softmax(z)
+    return float(-(right * np.log(p)).sum() / len(z)), (p - right) / len(z)
 
 
 def _plus_one(z: Any, labels: Any) -> Any:
@@ -131,8 +168,16 @@ EXERCISES = {
             ),
             "Held-out rows had a say in the mean and the spread: something of them has leaked "
             "into the training.": _leak,
+            "The mean of thirty times 1.39 is rounded, and so the spread is 2e-16, not 0: dividing "
+            "by it makes ones of what rounding left. Ask whether the largest and the smallest "
+            "number of the column are equal.": _exact_guard,
             "A feature that is the same in all rows has the spread 0, and 0 / 0 is not a number. "
             "Divide by 1 where the spread is 0.": _no_guard,
+            "Zeros were put where there was 0 / 0. In `held_out` the feature may be another one, "
+            "and x / 0 is infinite: divide by 1 where the feature is the same in all rows of "
+            "`train`.": _nan_to_zero,
+            "The feature is the same in all rows of `train` only: in `held_out` it may be another "
+            "one, so subtract the mean and divide by 1.": _held_out_zero,
             "One mean and one spread were taken for all numbers; each feature, a column, has its "
             "own: `axis=0`.": _one_mean,
             "It was divided by the variance; the standard deviation is its root.": _by_variance,
@@ -146,8 +191,9 @@ EXERCISES = {
         cases=_logits,
         mistakes={
             "The exponential of a large logit is infinite. Subtract the largest logit of each "
-            "row first: the probabilities stay the same.": lambda z: (
-                np.exp(z) / np.exp(z).sum(axis=1, keepdims=True)
+            "row first: the probabilities stay the same.": tuple(
+                partial(_divided_by, most=less, total=lambda e: e.sum(axis=1, keepdims=True))
+                for less in (lambda z: 0, *_TOO_LITTLE)
             ),
             "The probabilities of a *row* must add up to 1: the sum goes along `axis=1`, and "
             "`keepdims=True` keeps it a column.": tuple(
@@ -164,6 +210,12 @@ EXERCISES = {
             ),
             "These are exponentials; divide them by their sum.": lambda z: np.exp(
                 z - z.max(axis=1, keepdims=True)
+            ),
+            "The largest logit counts with its sign: where others are far below 0, the largest in "
+            "size is one of those.": partial(
+                _divided_by,
+                most=lambda z: np.abs(z).max(axis=1, keepdims=True),
+                total=lambda e: e.sum(axis=1, keepdims=True),
             ),
             "The largest logit of *all* rows was subtracted. A row far below it becomes 0 / 0: "
             "take the largest of each row.": lambda z: (
@@ -195,6 +247,9 @@ EXERCISES = {
                 lambda z, y: (_cross_entropy(z, y)[0], _softmax(z) / len(z))
             ),
             "1 was added at the right label, not subtracted.": _plus_one,
+            "A batch need not have a row of the last class: `z.shape[1]` counts the classes.": (
+                _classes_of_the_batch
+            ),
             "The mean went over all entries. Only the right label of each row has a term, so "
             "there are n of them.": lambda z, y: (
                 _cross_entropy(z, y)[0] / z.shape[1],

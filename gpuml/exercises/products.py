@@ -70,6 +70,7 @@ def _memories(rng: np.random.Generator) -> list[Case]:
     values = [
         (2**30, 64, 64, 64, 4, 0.5),
         (10**9, 100, 200, 300, 8, 0.25),
+        (4 * 78_000, 100, 100, 50, 4, 0.56),
         (2**20, 1000, 1000, 1000, 4, 0.5),
     ]
     return [dict(zip(names, v, strict=True)) for v in values]
@@ -132,6 +133,10 @@ EXERCISES = {
             ),
             "The whole free memory was taken, and not the share of it.": (
                 lambda free, m, k, n, itemsize, share: _batch_size(free, m, k, n, itemsize, 1)
+            ),
+            "It was rounded down twice. First the share of the bytes, then how many products it "
+            "holds.": lambda free, m, k, n, itemsize, share: max(
+                1, int(share * (free // (itemsize * (m * k + k * n + m * n))))
             ),
             "It is rounded up: one product more than fits.": (
                 lambda free, m, k, n, itemsize, share: (

@@ -170,6 +170,21 @@ def _always_single(result: Any, reference: Any, n_terms: int) -> bool:
     return bool(np.abs(result - reference).max() <= bound)
 
 
+def _eps_of_result(result: Any, reference: Any, n_terms: int) -> bool:
+    bound = _tolerance(result, n_terms) * np.abs(reference).max()
+    return bool(np.abs(result - reference).max() <= bound)
+
+
+def _scale_of_result(result: Any, reference: Any, n_terms: int) -> bool:
+    bound = _tolerance(reference, n_terms) * np.abs(result).max()
+    return bool(np.abs(result - reference).max() <= bound)
+
+
+def _largest_with_sign(result: Any, reference: Any, n_terms: int) -> bool:
+    bound = _tolerance(reference, n_terms) * reference.max()
+    return bool(np.abs(result - reference).max() <= bound)
+
+
 def _close(result: Any, reference: Any, n_terms: int) -> bool:
     return bool(np.allclose(result, reference))
 
@@ -188,14 +203,31 @@ def _products(rng: np.random.Generator) -> list[Case]:
         result = (exact + share * bound * noise).astype(np.float32)
         return {"result": result, "reference": exact, "n_terms": n_terms}
 
+    def largest_is(share: float) -> Case:
+        """Return numbers so coarse that it matters whose largest one sets the scale."""
+        exact = (0.1 * np.sign(wide)).astype(np.float16)
+        exact[3, 4] = 1
+        result = exact.copy()
+        result[3, 4] = share
+        return {"result": result, "reference": exact, "n_terms": 10_000}  # of 0.39
+
     def mistaken(reference: Any, by: float, n_terms: int, dtype: Any = np.float32) -> Case:
         exact = reference.astype(dtype)
         result = exact.copy()
         result[3, 4] += by * np.abs(exact).max()
         return {"result": result, "reference": exact, "n_terms": n_terms}
 
+    lowest = wide.copy()
+    lowest[5, 5] = -50
+    other_type = mistaken(wide, 0, 400, np.float64)
+    other_type["result"] = other_type["result"].astype(np.float32)
     return [
         rounded(wide, 0.6, 400),
+        rounded(lowest, 0.6, 400),
+        largest_is(0.7),
+        largest_is(1.5),
+        rounded(wide, 1.5, 400),
+        other_type,
         rounded(far_from_zero, 0.2, 400),
         rounded(wide, 0.5, 400, of=1),
         mistaken(wide, -1e-3, 400),
@@ -281,6 +313,20 @@ EXERCISES = {
             "whether the largest one is *at most* the bound.": _none_greater,
             "`float64` is rounded much more finely than `float32`: take eps from the type of the "
             "reference.": _always_single,
+            "The result may have another type: take eps from the type of the *reference*.": (
+                _eps_of_result
+            ),
+            "The scale is the largest number of the *reference*: a result that is wrong may be of "
+            "any size.": _scale_of_result,
+            "The largest number in size may be a negative one: `xp.abs(reference).max()`.": (
+                _largest_with_sign
+            ),
+            "The factor is 4.": tuple(
+                lambda result, reference, n_terms, factor=factor: _agree(
+                    result, reference, n_terms * factor**2
+                )
+                for factor in (1 / 4, 1 / 2, 2)
+            ),
             "`allclose` with its usual tolerances knows neither the number of terms nor the type "
             "of numbers.": _close,
         },

@@ -17,12 +17,19 @@ def _shards(n_rows: int, world_size: int) -> list[slice]:
 
 def _covered(parts: Any) -> dict[str, Any]:
     """Return what counts: each row once, and nobody has more than a row more."""
-    sizes = [part.stop - part.start for part in parts]
-    steps = [later.start - earlier.stop for earlier, later in pairwise(parts)]
+    starts = [0 if part.start is None else part.start for part in parts]
+    ends = [part.stop for part in parts]
+    if not all(isinstance(edge, int | np.integer) for edge in (*starts, *ends)):
+        return {"the slices": "with edges that are no whole numbers"}
+    if any(part.step not in (None, 1) for part in parts):
+        return {"the slices": "with steps, which leave rows out"}
+    sizes = [end - start for start, end in zip(starts, ends, strict=True)]
+    steps = [start - end for start, end in zip(starts[1:], ends, strict=False)]
     once = "once" if not any(steps) else "twice, some" if min(steps) < 0 else "not at all, some"
     even = "equal, up to a row" if max(sizes) - min(sizes) <= 1 else f"unequal: {sizes}"
-    edges = {"the first row": parts[0].start, "the end": parts[-1].stop}
-    return {"the rows are there": once, **edges, "the sizes": even}
+    rows = {"the rows are there": once, "the first row": starts[0], "the end": ends[-1]}
+    rows["the sizes"] = even
+    return {"the slices": "in whole numbers"} | rows
 
 
 def _without_rest(n_rows: int, world_size: int) -> list[slice]:
@@ -38,6 +45,11 @@ def _rest_to_last(n_rows: int, world_size: int) -> list[slice]:
 def _rounded_up(n_rows: int, world_size: int) -> list[slice]:
     size = -(-n_rows // world_size)
     return [slice(rank * size, min(n_rows, (rank + 1) * size)) for rank in range(world_size)]
+
+
+def _fractions(n_rows: int, world_size: int) -> list[slice]:
+    size: Any = n_rows / world_size
+    return [slice(rank * size, (rank + 1) * size) for rank in range(world_size)]
 
 
 def _one_too_many(n_rows: int, world_size: int) -> list[slice]:
@@ -134,6 +146,7 @@ EXERCISES = {
             "Rounded up, the last ranks have little or nothing to do. Sizes may differ by one.": (
                 _rounded_up
             ),
+            "`/` gives fractions, and a slice has whole numbers: `//` rounds down.": _fractions,
             "Rows belong to two ranks: a slice ends *before* its `stop`.": _one_too_many,
         },
     ),

@@ -75,14 +75,23 @@ def _added(weights: Any, velocity: Any, gradient: Any, rate: float, momentum: fl
     _fused_update(weights, velocity, gradient, -rate, momentum)
 
 
+def _lost_share(weights: Any, velocity: Any, gradient: Any, rate: float, momentum: float) -> None:
+    _fused_update(weights, velocity, gradient, rate, 1 - momentum)
+
+
+def _averaged(weights: Any, velocity: Any, gradient: Any, rate: float, momentum: float) -> None:
+    _fused_update(weights, velocity, (1 - momentum) * gradient, rate, momentum)
+
+
 def _nothing(*_: Any) -> None:
     pass
 
 
 def _vectors(rng: np.random.Generator) -> list[Case]:
-    weights, velocity, gradient = rng.normal(size=(3, 50)).astype(np.float32)
-    arrays = {"weights": weights, "velocity": velocity, "gradient": gradient}
-    return [arrays | {"rate": 0.25, "momentum": 0.5}]
+    names = ("weights", "velocity", "gradient", "rate", "momentum")
+    rates = [(0.05, 0.9), (0.2, 0.7)]  # none is 1 less another, or a power of another
+    cases = [(*rng.normal(size=(3, 50)).astype(np.float32), *r) for r in rates]
+    return [dict(zip(names, case, strict=True)) for case in cases]
 
 
 def _amdahl(share: float, factor: float) -> float:
@@ -145,6 +154,10 @@ EXERCISES = {
             "`+=` write into it.": _only_weights,
             "The momentum is missing: the velocity keeps a share of what it was.": _forgetful,
             "The step goes uphill: subtract.": _added,
+            "`momentum` is the share of the velocity that stays, not the one that is lost.": (
+                _lost_share
+            ),
+            "The gradient counts in full: there is no factor 1 - β here.": _averaged,
         },
     ),
     "amdahl": Exercise(

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from gpuml.devices import array_module
 from gpuml.exercises.judging import Case, Exercise
 
 THREADS = 8  # in a block, so that a simulator has few to run
@@ -34,12 +35,15 @@ def _saxpy(alpha: Any, x: Any, memory: Any) -> None:
 
 
 def _launch_saxpy(kernel: Any, alpha: Any, x: Any, memory: Any) -> None:
-    kernel[_blocks(x.size), THREADS](alpha, x, memory[: x.size])
+    n, xp = x.size, array_module(x)
+    longer = xp.concatenate([x, xp.ones_like(x)])  # who reads behind x on a GPU finds no zeros
+    kernel[_blocks(n), THREADS](alpha, longer[:n], memory[:n])
+    x[...] = longer[:n]
 
 
 def _vectors(rng: np.random.Generator) -> list[Case]:
     cases = []
-    for n in (2 * THREADS, 2 * THREADS + 4):
+    for n in (2 * THREADS, 2 * THREADS + 4, THREADS + 4):
         x = rng.integers(-9, 10, n).astype(np.float32)
         # behind y lies what belongs to somebody else
         memory = rng.integers(-9, 10, _blocks(n) * THREADS + THREADS).astype(np.float32)
@@ -130,12 +134,17 @@ def _launch_count(kernel: Any, x: Any, total: Any) -> None:
 
 def _signs(rng: np.random.Generator) -> list[Case]:
     vectors = [np.ones(THREADS), rng.integers(-2, 3, 3 * THREADS - 3)]
-    total = np.zeros(1, np.int32)
-    return [{"x": x.astype(np.float32), "total": total} for x in vectors]
+    totals = [np.array([count], np.int32) for count in (0, 5)]  # somebody may have counted before
+    pairs = zip(vectors, totals, strict=True)
+    return [{"x": x.astype(np.float32), "total": total} for x, total in pairs]
 
 
 def _raced(x: Any, total: Any) -> None:
     total += 1
+
+
+def _from_zero(x: Any, total: Any) -> None:
+    total[...] = (x > 0).sum()
 
 
 def _with_zeros(x: Any, total: Any) -> None:
@@ -211,6 +220,7 @@ EXERCISES = {
         mistakes={
             "Additions were lost: two threads read before either writes. `cuda.atomic.add` does "
             "all in one step.": _raced,
+            "What was in `total` is gone: the number is to be *added* to it.": _from_zero,
             "Zeros were counted, and zero is not positive.": _with_zeros,
             "Every element was counted, whatever its sign.": _all_counted,
             "The numbers were added up; asked for is how many there are.": _summed,

@@ -101,10 +101,19 @@ def _double_buffered(copies: Any, products: Any, *, buffers: int = 2) -> float:
     return done[-1]
 
 
+def _at_once(copies: Any, products: Any) -> float:
+    copied, done = 0.0, [0.0, 0.0]
+    for copy, product in zip(copies, products, strict=True):
+        copied = max(copied, done[-2]) + copy
+        done.append(copied + product)
+    return done[-1]
+
+
 def _schedules(rng: np.random.Generator) -> list[Case]:
     times = [
         ([2.0, 6.0, 2.0, 6.0], [4.0, 4.0, 4.0, 4.0]),
         ([1.0, 1.0, 1.0, 9.0, 1.0], [5.0, 1.0, 4.0, 1.0, 3.0]),
+        ([1.0, 1.0, 2.0], [5.0, 6.0, 4.0]),
         ([3.0], [4.0]),
     ]
     return [{"copies": c, "products": p} for c, p in times]
@@ -160,6 +169,11 @@ EXERCISES = {
             "Round up.": lambda m, n, k, tile_m, tile_n, itemsize: (
                 itemsize * (m * k * (n // tile_n) + k * n * (m // tile_m))
             ),
+            "Tiles at the edge are smaller than `tile_m` × `tile_n`.": (
+                lambda m, n, k, tile_m, tile_n, itemsize: (
+                    itemsize * k * (tile_m + tile_n) * -(-m // tile_m) * -(-n // tile_n)
+                )
+            ),
             "That is A and B once. They come again for each column, or row, of tiles.": (
                 lambda m, n, k, tile_m, tile_n, itemsize: itemsize * (m * k + k * n)
             ),
@@ -182,6 +196,9 @@ EXERCISES = {
             "copy.": lambda copies, products: max(sum(copies), sum(products)),
             "Copy i does not run beside product i, which needs it: copy i + 1 does.": (
                 lambda copies, products: sum(map(max, copies, products))
+            ),
+            "A product waits for the one before as well: they are made one after the other.": (
+                _at_once
             ),
             "The last product is missing.": lambda copies, products: (
                 _double_buffered(copies, products) - products[-1]

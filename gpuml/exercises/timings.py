@@ -90,7 +90,7 @@ def _all_of_it(work: Any, device: Any, clock: Any) -> float:
 
 
 def _practice(rng: np.random.Generator) -> list[Case]:
-    settings = [(1e-5, 2e-2, 0.5, 0.0), (2e-5, 3e-3, 1.0, 3.0)]
+    settings = [(1e-6, 2e-2, 0.5, 0.0), (2e-6, 3e-3, 1.0, 3.0)]
     devices = [PracticeDevice(*numbers) for numbers in settings]
     return [{"work": d.work, "device": d, "clock": d.clock} for d in devices]
 
@@ -114,7 +114,8 @@ def _break_even(launch_cpu: float, rate_cpu: float, launch_gpu: float, rate_gpu:
 
 def _machines(rng: np.random.Generator) -> list[Case]:
     names = ("launch_cpu", "rate_cpu", "launch_gpu", "rate_gpu")
-    machines = [(5e-7, 1.5e12, 1e-5, 5e13), (1e-6, 1e11, 2e-5, 1e13)]
+    # the second GPU is worse in both
+    machines = [(5e-7, 1.5e12, 1e-5, 5e13), (1e-6, 2e12, 1e-5, 5e11), (1e-6, 1e11, 2e-5, 1e13)]
     return [dict(zip(names, machine, strict=True)) for machine in machines]
 
 
@@ -138,6 +139,7 @@ EXERCISES = {
         solve=_seconds_of,
         cases=_practice,
         watch=_called,
+        tolerance=1e-3,  # the mean of many calls has the launch of one of them in it
         mistakes={
             "That is the time to *queue* the work. Call `device.synchronize()` before you read "
             "the clock for the second time.": _no_synchronize,
@@ -164,6 +166,9 @@ EXERCISES = {
             "Each of the m · k · n terms is a multiplication *and* an addition: two operations.": (
                 lambda m, k, n, itemsize: _intensity(m, k, n, itemsize) / 2
             ),
+            "A sum of k terms begins at 0 here: k additions, not k - 1.": (
+                lambda m, k, n, itemsize: m * n * (2 * k - 1) / (itemsize * (m * k + k * n + m * n))
+            ),
             "That is operations per *number*. A number has `itemsize` bytes.": (
                 lambda m, k, n, itemsize: _intensity(m, k, n, itemsize) * itemsize
             ),
@@ -184,6 +189,10 @@ EXERCISES = {
         mistakes={
             "The sign is wrong: collect n on one side of the equation, the launches on the "
             "other.": lambda *a: -_break_even(*a),
+            "Where one device is better in both, the number is negative: leave the sign.": (
+                lambda *a: abs(_break_even(*a)),
+                lambda *a: max(0.0, _break_even(*a)),
+            ),
             "Add times, not rates: an operation takes 1 / rate seconds.": (
                 lambda lc, rc, lg, rg: (lg - lc) * (rg - rc)
             ),
