@@ -1020,13 +1020,19 @@ def _lab(options: argparse.Namespace) -> int:
     _copy_course(options)
     sys.stdout.flush()
     command = [sys.executable, "-m", "jupyterlab", *options.jupyter]
+    interrupts = []
     with subprocess.Popen(command, cwd=options.folder) as server:
-        usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for JupyterLab
+        heed = {
+            signal.SIGINT: lambda *_: interrupts.append(True),  # the terminal tells JupyterLab
+            signal.SIGTERM: lambda *_: server.terminate(),
+        }
+        usual = {number: signal.signal(number, handler) for number, handler in heed.items()}
         try:
             code = server.wait()
         finally:
-            signal.signal(signal.SIGINT, usual)
-    return DONE if code == 0 else FAILED
+            for number, handler in usual.items():
+                signal.signal(number, handler)
+    return DONE if code == 0 else INTERRUPTED if interrupts else FAILED
 
 
 def _bench(options: argparse.Namespace) -> int:

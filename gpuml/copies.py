@@ -65,16 +65,21 @@ def copy_course(
     OSError
         If the folder is a file, cannot be written, or the disk is full.
     DataError
-        If this installation has no notebooks.
+        If this installation has no notebooks, or the folder is the one where it has them.
     """
     if not os.fspath(folder):  # it would mean where we are
         raise NotADirectoryError("expected a folder, got an empty name")
     target = Path(folder)
     for path in (target / "exercises", target, *target.parents):
+        if path.is_symlink() and not path.exists():
+            raise NotADirectoryError(f"{path} is a link to nowhere, expected a folder")
         if path.exists() and not path.is_dir():
             raise NotADirectoryError(f"{path} is a file, expected a folder")
+    if target.resolve().is_relative_to(course_home().resolve()):
+        raise DataError("this is where the course is kept: name another folder for the copy")
     files = course_files(teacher=teacher)
-    sums, copied = _read_sums(target), Copied()
+    known, copied = _read_sums(target), Copied()
+    sums = known.copy()
     try:
         for name, content in files.items():
             path = target / name
@@ -92,7 +97,7 @@ def copy_course(
                 continue
             sums[name] = wanted
     finally:  # also of the part that was written before the disk was full, or before Ctrl-C
-        if copied.written or copied.unchanged:
+        if sums != known:
             _write_sums(target, sums)
     return copied
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -296,6 +297,64 @@ def test_the_notebooks_of_the_installed_package_come_first(tmp_path, monkeypatch
     monkeypatch.setattr(copies, "__file__", str(tmp_path / "gpuml" / "copies.py"))
     assert course_home() == tmp_path / "gpuml" / "notebooks"
     assert course_files() == {"00_start_here.ipynb": b"{}"}
+
+
+@pytest.mark.parametrize("place", ["", "exercises", "new", "link"])
+def test_the_course_itself_is_no_folder_for_a_copy(tmp_path, capsys, monkeypatch, place):
+    home = tmp_path / "home"
+    copy_course(home, teacher=True)
+    monkeypatch.setattr(copies, "course_home", lambda: home)
+    (tmp_path / "link").symlink_to(home)
+    before = contents(home)
+    target = tmp_path / "link" if place == "link" else home / place
+    for options in ([], ["--teacher"], ["--overwrite"]):
+        code, out, err = call(capsys, "notebooks", target, *options)
+        assert (code, out) == (1, "")
+        assert "this is where the course is kept: name another folder" in err
+    assert contents(home) == before
+    copy_course(tmp_path)  # around it is fine
+
+
+def test_a_link_to_nowhere(tmp_path, capsys):
+    (tmp_path / "link").symlink_to(tmp_path / "gone")
+    code, _, err = call(capsys, "notebooks", tmp_path / "link")
+    assert (code, err) == (
+        2,
+        f"gpuml: {tmp_path / 'link'} is a link to nowhere, expected a folder\n",
+    )
+
+
+def test_a_whole_copy_that_cannot_be_written_can_be_used(tmp_path, capsys, monkeypatch):
+    copy_course(tmp_path)
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    code, out, err = call(capsys, "notebooks", tmp_path)
+    assert (code, err) == (0, "")
+    assert "0 files written" in out
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has other signals")
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 1), (signal.SIGINT, 130)])
+def test_who_stops_the_lab_stops_jupyterlab(tmp_path, number, code):
+    (tmp_path / "jupyterlab.py").write_text(
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGINT, lambda *_: sys.exit(1))\n"
+        "print('up', flush=True)\ntime.sleep(60)\n"
+    )
+    paths = [str(tmp_path), str(Path(gpuml.__file__).parent.parent)]
+    with subprocess.Popen(
+        [sys.executable, "-m", "gpuml", "lab", str(tmp_path / "course")],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as lab:
+        assert any(line == "up\n" for line in lab.stdout)
+        if number == signal.SIGINT:
+            os.killpg(lab.pid, number)  # as a terminal does
+        else:
+            lab.send_signal(number)
+        assert lab.wait(20) == code
+        assert lab.stdout.read() == ""  # which ends once JupyterLab has ended, too
 
 
 def test_the_lab_opens_in_the_folder(tmp_path):

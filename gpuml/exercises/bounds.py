@@ -237,7 +237,7 @@ def _leave() -> None:
         for stream in (sys.stdout, sys.stderr):
             with suppress(Exception):
                 stream.flush()
-        os._exit(0)
+        os._exit(1)
 
 
 @cache
