@@ -237,7 +237,7 @@ def _leave() -> None:
         for stream in (sys.stdout, sys.stderr):
             with suppress(Exception):
                 stream.flush()
-        os._exit(1)
+        os._exit(0 if getattr(sys, "last_value", None) is None else 1)
 
 
 @cache
