@@ -47,7 +47,7 @@ PROCESS_RIVALS = ("gpuml", "PyTorch eager", "PyTorch step graph", "JAX scan", SC
 N_ROUNDS = 5
 PATIENCE = 300.0  # seconds to wait for an answer; compilers may take a minute
 FEWEST_EPOCHS, MOST_EPOCHS = 3, 100_000  # in a sample
-HEAD = ("", "µs a step", "quartiles", "of gpuml", "of floor", "first call")
+HEAD = ("", "µs a step", "quartiles", "× gpuml", "floor is", "first call")
 WIDTHS = (25, 11, 17, 9, 9, 11)
 
 

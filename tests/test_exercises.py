@@ -482,6 +482,7 @@ WRONG = {
             "(a**2).sum(axis=1) * (d**2).sum(axis=1)",
             "the root is missing",
         ),
+        ("(a**2).sum(axis=1) *", "((a**2).sum(axis=1) + 1) *", "the share of a bias"),
         (".sum(axis=1) * (", ".sum(axis=1) + (", "The two norms were added"),
         ("axis=1", "axis=0", "mixed up"),
     ],

@@ -158,6 +158,9 @@ EXERCISES = {
             "One root is missing: the product of a norm with a square.": lambda a, d: (
                 np.sqrt((a**2).sum(axis=1)) * (d**2).sum(axis=1)
             ),
+            "The `+ 1` is the share of a bias; asked for are the weights alone.": lambda a, d: (
+                np.sqrt(((a**2).sum(axis=1) + 1) * (d**2).sum(axis=1))
+            ),
             "That is the norm of the whole batch; each row has its own.": lambda a, d: np.sqrt(
                 ((a.T @ d) ** 2).sum()
             ),
