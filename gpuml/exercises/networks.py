@@ -30,8 +30,12 @@ def _no_guard(train: Any, held_out: Any) -> Any:
     return (train - mean) / spread, (held_out - mean) / spread
 
 
-def _exact_guard(train: Any, held_out: Any) -> Any:
+def _exact_guard(train: Any, held_out: Any, off: int = 0) -> Any:
     mean, spread = train.mean(axis=0), train.std(axis=0)
+    if off:  # a mean as another order of adding may round it, so many numbers beside
+        rounded = (train.max(axis=0) == train.min(axis=0)) & (spread > 0)
+        mean = np.where(rounded, train[0] + off * np.spacing(train[0]), mean)
+        spread = np.where(rounded, abs(train[0] - mean), spread)
     spread = np.where(spread == 0, 1, spread)
     return (train - mean) / spread, (held_out - mean) / spread
 
@@ -170,7 +174,9 @@ EXERCISES = {
             "into the training.": _leak,
             "The mean of thirty times 1.39 is rounded, and so the spread is 2e-16, not 0: dividing "
             "by it makes ones of what rounding left. Ask whether the largest and the smallest "
-            "number of the column are equal.": _exact_guard,
+            "number of the column are equal.": (
+                *(partial(_exact_guard, off=n) for n in range(-4, 5)),
+            ),
             "A feature that is the same in all rows has the spread 0, and 0 / 0 is not a number. "
             "Divide by 1 where the spread is 0.": _no_guard,
             "Zeros were put where there was 0 / 0. In `held_out` the feature may be another one, "
