@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from gpuml.batches import GATHERED_BYTES, Batches
-from gpuml.devices import Array, array_module
+from gpuml.devices import Array, array_module, to_host
 from gpuml.gpu_layers import all_finite, fused
 from gpuml.losses import LOSSES, Loss
 from gpuml.models import Model, Parameters
@@ -65,7 +65,7 @@ def first_non_finite(
         part = array[first : first + rows]
         with np.errstate(over="ignore"):
             numbers = part.astype(dtype, copy=False)
-            finite = array_module(array).isfinite(numbers * numbers if squares else numbers)
+            finite = _finite(numbers * numbers if squares else numbers)
         if not bool(finite.all()):
             row, column = divmod(int((~finite).argmax()), math.prod(array.shape[1:]))
             return first + row, column, float(part[row].reshape(-1)[column])
@@ -206,7 +206,7 @@ def _fault_in_layers(
 
 
 def _bad_row(array: Array) -> int | None:
-    finite = array_module(array).isfinite(array).reshape(len(array), -1).all(axis=1)
+    finite = _finite(array).reshape(len(array), -1).all(axis=1)
     return None if bool(finite.all()) else int((~finite).argmax())
 
 
@@ -217,11 +217,16 @@ def _size(array: Array) -> float:
 def vectors_not_finite(state: Mapping[str, Array], flat: Array) -> list[str]:
     """Return the names of an optimizer's vectors, one number a parameter, that are not finite."""
     vectors = {n: a for n, a in state.items() if a.shape == flat.shape and a.dtype == flat.dtype}
-    return [
-        name
-        for name, a in vectors.items()
-        if not (_seen_finite(a) or bool(array_module(a).isfinite(a).all()))
-    ]
+    return [name for name, a in vectors.items() if not (_seen_finite(a) or bool(_finite(a).all()))]
+
+
+def _finite(array: Array) -> Array:
+    """Return on the host which numbers are finite.
+
+    What is asked of these flags, once and after a failure, would need kernels that CuPy compiles
+    for seconds, on a GPU that has not been asked before.
+    """
+    return to_host(array_module(array).isfinite(array))
 
 
 def _seen_finite(array: Array) -> bool:

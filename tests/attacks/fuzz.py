@@ -320,7 +320,7 @@ class Traps:
             case 2:
                 raise DataError("of ours, of two\nlines")
             case 3:
-                np.ones(MOST_BYTES // 8 + 1)
+                np.ones(MOST_BYTES // 8 + 2**22)  # 32 MiB more: some may have become free
             case 4:
                 os.abort()
             case 5:
