@@ -208,9 +208,11 @@ class _Answer(threading.Thread):
                 _raise_in(self, insistent=waited > GRACE / 4)
                 self._leaving.release()
             for other in _simulated():
-                _raise_in(other)
-                other.join(0.01)
-            self.join(0.01)
+                _raise_in(other)  # perhaps it is only about to start, and cannot be joined
+            if self.is_alive():
+                self.join(0.01)
+            else:
+                time.sleep(0.01)
         self._release()
         if self._told:
             _settle()
