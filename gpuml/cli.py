@@ -410,6 +410,13 @@ def _parsers() -> tuple[Parser, dict[str, Parser]]:
 
 
 COURSE = "gpuml-course"
+# JupyterLab, but for a module that compiles a grammar for two seconds at each start, for checks of
+# jsonschema that nothing in Jupyter asks for (jupyter_server, issue 1559).
+JUPYTERLAB = """\
+import runpy, sys
+sys.modules["rfc3987_syntax"] = None
+runpy.run_module("jupyterlab", run_name="__main__", alter_sys=True)
+"""
 
 
 TASKS = ("auto", "classification", "regression")
@@ -1019,7 +1026,7 @@ def _lab(options: argparse.Namespace) -> int:
         raise RunError("JupyterLab is not installed: pip install 'gpuml[lab]'")
     _copy_course(options)
     sys.stdout.flush()
-    command = [sys.executable, "-m", "jupyterlab", *options.jupyter]
+    command = [sys.executable, "-c", JUPYTERLAB, *options.jupyter]
     interrupts = []
     with subprocess.Popen(command, cwd=options.folder) as server:
         heed = {

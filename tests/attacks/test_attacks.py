@@ -9,6 +9,7 @@ against. Nor can a checksum inside of a file say who wrote it: a SHA-256 from el
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import pickle
@@ -17,6 +18,7 @@ import time
 import tracemalloc
 import warnings
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +44,7 @@ from gpuml.checkpoints import KEY, load_checkpoint, save_checkpoint
 from gpuml.errors import GpumlError
 from gpuml.journal import Journal
 from gpuml.peers import PeerTable
+from gpuml.plain_files import parse_json
 from gpuml.recordings import recorded
 from gpuml.scaling import Scaling
 
@@ -174,6 +177,19 @@ def test_a_hundred_thousand_arrays_without_numbers():
     entry = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
     path = written(joined({f"a{i}": entry for i in range(120_000)}, b""))
     assert "it has 120,000 arrays, and at most 10,000 are read" in refused(load_model, path)
+
+
+@pytest.mark.parametrize("is_on", [True, False])
+@pytest.mark.parametrize("text", ['{"a": [1, 2]}', '{"a": 1, "a": 2}', "[" * 10**6, "x"])
+def test_python_looks_for_cycles_afterwards_as_before(text, is_on):
+    """A file must not switch off what it is read without: memory would never be given back."""
+    (gc.enable if is_on else gc.disable)()
+    try:
+        with suppress(ValueError):
+            parse_json(text)
+        assert gc.isenabled() == is_on
+    finally:
+        gc.enable()
 
 
 def test_an_array_hidden_behind_another_of_the_same_name():
