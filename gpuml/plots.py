@@ -74,7 +74,8 @@ def history(
         axis.set_xlabel("epoch")
         axis.xaxis.get_major_locator().set_params(integer=True)
         if quantity != "learning_rate":
-            axis.legend()
+            rises = all(columns[name][-1] > columns[name][0] for name in lines)
+            axis.legend(loc="lower right" if rises else "best")
     figure = axes[0].figure
     figure.supxlabel(f"measured on {device}", fontsize="small", color="gray")
     return figure
@@ -141,7 +142,7 @@ def histories(
     axis.set_xlabel("time [s]" if against == "seconds" else against)
     if against == "epoch":
         axis.xaxis.get_major_locator().set_params(integer=True)
-    axis.legend(fontsize="small")
+    _legend(axis, outside=len(runs) > 4)  # which leave it no room
     axis.figure.supxlabel(f"measured on {device}", fontsize="small", color="gray")
     return axis.figure
 
@@ -1120,11 +1121,13 @@ def _style(i: int) -> dict[str, str]:
     return {"color": COLORS[i % len(COLORS)], "marker": MARKERS[i % len(MARKERS)]}
 
 
+def _legend(axis: Any, *, outside: bool) -> None:
+    beside = {"loc": "center left", "bbox_to_anchor": (1.02, 0.5)}
+    axis.legend(fontsize="small", **beside if outside else {})
+
+
 def _finished(axis: Any, title: str, *, outside: bool = False) -> Any:
     axis.grid(alpha=0.3)
-    if outside:
-        axis.legend(loc="center left", bbox_to_anchor=(1.02, 0.5), fontsize="small")
-    else:
-        axis.legend(fontsize="small")
+    _legend(axis, outside=outside)
     axis.set_title(title, fontsize="medium")
     return axis.figure

@@ -206,10 +206,10 @@ class Scaling:
         figure = plots.times(lines, f"all-reduce, {self.label}", axis, labels=labels)
         axis = figure.axes[0] if axis is None else axis
         if model is not None:
-            style = {"linestyle": "--", "color": "black", "linewidth": 1, "zorder": 3}
-            for i, (name, (sizes, _)) in enumerate(lines.items()):
+            for (name, (sizes, _)), measured in zip(lines.items(), list(axis.lines), strict=True):
                 said = [model.all_reduce(int(name.split()[0]), size) for size in sizes]
-                axis.plot(sizes, said, label="model" if i == 0 else None, **style)
+                style = {"color": measured.get_color(), "label": f"{name}, model"}
+                axis.plot(sizes, said, linestyle="--", **style)
             axis.legend(fontsize="small")
         return figure
 

@@ -59,6 +59,27 @@ def test_each_metric_has_a_panel_and_only_losses_a_logarithmic_scale():
     assert figure.axes[1].lines[0].get_color() == figure.axes[0].lines[1].get_color()
 
 
+def legend_box(axis):
+    """Where a legend is, its axes' corners being (0, 0) and (1, 1)."""
+    axis.figure.canvas.draw()
+    return axis.get_legend().get_window_extent().transformed(axis.transAxes.inverted())
+
+
+def test_legends_leave_room_for_the_lines():
+    epoch = np.arange(1, 121)
+    falls = np.exp(-epoch / 50)
+    columns = {"epoch": list(epoch), "loss": falls, "validation_loss": 0.9 * falls}
+    columns |= {"validation_accuracy": 0.98 - 0.14 * falls, "validation_error": falls}
+    for axis, rises in zip(plots.history(columns, "").axes, (False, True, False), strict=True):
+        box = legend_box(axis)
+        assert box.x0 > 0.5
+        assert (box.y1 < 0.5) if rises else (box.y0 > 0.5)
+    [axis] = plots.histories(dict.fromkeys("abcde", columns), "").axes
+    assert legend_box(axis).x0 >= 1
+    [axis] = plots.histories(dict.fromkeys("abcd", columns), "").axes
+    assert legend_box(axis).x1 <= 1
+
+
 def test_a_learning_rate_is_drawn_if_it_changes():
     figure = plots.history(COLUMNS | {"learning_rate": [0.1, 0.1, 0.05]}, "a device")
     assert [axis.get_ylabel() for axis in figure.axes] == ["loss", "learning rate"]

@@ -264,7 +264,13 @@ def test_pictures_show_measurements_and_lines_to_the_largest():
         assert axis.get_xlabel() == "ranks"
     assert table.label in figure.get_suptitle()
     [axis] = table.plot_sums(model).axes
-    assert len(axis.get_lines()) == 4
+    lines = {line.get_label(): line for line in axis.get_lines()}
+    assert set(lines) == {"2 ranks", "4 ranks", "2 ranks, model", "4 ranks, model"}
+    for n in (2, 4):
+        measured, said = lines[f"{n} ranks"], lines[f"{n} ranks, model"]
+        assert said.get_color() == measured.get_color()
+        assert said.get_linestyle() != measured.get_linestyle()
+        assert list(said.get_ydata()) == [model.all_reduce(n, size) for size in said.get_xdata()]
     parts = {"rows": [1e-3, 2e-3], "latency": [1e-3, 0]}
     [axis] = gpuml.plots.stacked(["1", "2"], parts, "title").axes
     tops = [bar.get_y() + bar.get_height() for bar in axis.patches]
