@@ -206,9 +206,10 @@ class Scaling:
         figure = plots.times(lines, f"all-reduce, {self.label}", axis, labels=labels)
         axis = figure.axes[0] if axis is None else axis
         if model is not None:
-            for (name, (sizes, _)), measured in zip(lines.items(), list(axis.lines), strict=True):
+            drawn = {line.get_label(): line for line in axis.lines}
+            for name, (sizes, _) in lines.items():
                 said = [model.all_reduce(int(name.split()[0]), size) for size in sizes]
-                style = {"color": measured.get_color(), "label": f"{name}, model"}
+                style = {"color": drawn[name].get_color(), "label": f"{name}, model"}
                 axis.plot(sizes, said, linestyle="--", **style)
             axis.legend(fontsize="small")
         return figure

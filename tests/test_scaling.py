@@ -263,8 +263,11 @@ def test_pictures_show_measurements_and_lines_to_the_largest():
         assert list(lines["measured"].get_xdata()) == [1, 2, 4]
         assert axis.get_xlabel() == "ranks"
     assert table.label in figure.get_suptitle()
-    [axis] = table.plot_sums(model).axes
+    _, axis = plt.subplots()
+    axis.plot([1, 1e6], [1e-4, 1e-3], color="gray", label="was there before")
+    table.plot_sums(model, axis)
     lines = {line.get_label(): line for line in axis.get_lines()}
+    assert lines.pop("was there before").get_color() == "gray"
     assert set(lines) == {"2 ranks", "4 ranks", "2 ranks, model", "4 ranks, model"}
     for n in (2, 4):
         measured, said = lines[f"{n} ranks"], lines[f"{n} ranks, model"]
